@@ -1,0 +1,1 @@
+"""The foreign languages: each file drives one library, imported on first use."""

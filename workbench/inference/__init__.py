@@ -1,0 +1,1 @@
+"""From pixels to `Detections`: letterbox, backend, decode, nms, pipeline."""
