@@ -1,0 +1,1 @@
+"""What several pages share: the open workbench, pickers, job panels, drawings and charts."""

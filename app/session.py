@@ -1,0 +1,245 @@
+"""What a page knows of its visitor: the open workbench, who acts, what is chosen, which job is watched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from app import times
+from workbench import wiring
+from workbench.config import Config
+from workbench.errors import Unavailable, WorkbenchError
+
+PAGES = Path(__file__).resolve().parent.parent / "pages"
+ACTIVE = ("queued", "running")
+STATE_COLOUR = {"queued": "gray", "running": "blue", "done": "green", "failed": "red", "cancelled": "orange"}
+LOG_LINES = 200
+
+
+def workbench() -> wiring.Workbench:
+    """The one workbench of this server, for the settings as they are now."""
+    return _open(Config.read())
+
+
+@st.cache_resource(show_spinner=False, hash_funcs={Config: astuple})
+def _open(config: Config) -> wiring.Workbench:
+    return wiring.Workbench(config)
+
+
+def person() -> str:
+    """Who acts: the name typed in the sidebar, else the setting `person`."""
+    return (st.session_state.get("acting_person") or "").strip() or workbench().config.person
+
+
+def frame() -> None:
+    """What surrounds every page: a little style, and who acts."""
+    st.html("<style>.block-container{padding-top:2.6rem;padding-bottom:4rem;max-width:1500px}"
+            "[data-testid=stMetricValue]{font-size:1.5rem}</style>")
+    with st.sidebar:
+        # Kept apart from the widget: Streamlit forgets a widget's value when a page is left.
+        st.text_input("Who acts", value=person(), key="acting_person_typed", max_chars=100, icon=":material/person:",
+                      on_change=_take_person, help="Reviews, runs, versions and promotions are recorded under this name.")
+
+
+def _take_person() -> None:
+    st.session_state["acting_person"] = st.session_state["acting_person_typed"]
+
+
+def header(title: str, about: str, with_dataset: bool = True) -> str | None:
+    """Title and one sentence on the left; on the right the data set, which is returned (None: there is none yet)."""
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    with left:
+        st.title(title, anchor=False)
+        st.caption(about)
+    if not with_dataset:
+        return None
+    with right:
+        return dataset_picker()
+
+
+def error(failure: WorkbenchError) -> None:
+    """A failure's sentence, which ends with the next step; a part that is down looks less like a mistake."""
+    # Markdown in the sentence (a file's name, say) must show as typed.
+    if isinstance(failure, Unavailable):
+        st.warning(literal(str(failure)), icon=":material/power_off:")
+    else:
+        st.error(literal(str(failure)), icon=":material/error:")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What fails inside is told in one sentence, and the rest of the page goes on."""
+    try:
+        yield
+    except WorkbenchError as failure:
+        error(failure)
+
+
+def literal(text: str) -> str:
+    """Text as Markdown that shows exactly that text: file names and messages come from outside."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()<>#+-.!|~$:^=&" else letter for letter in text)
+
+
+def empty(sentence: str, page: str | None = None, label: str = "", icon: str = "") -> None:
+    """An empty state: what is missing, and the page where it is made."""
+    with st.container(border=True, horizontal=True, vertical_alignment="center"):
+        st.markdown(sentence)
+        if page:
+            link(page, label, icon)
+
+
+def link(page: str, label: str, icon: str = "arrow_forward") -> None:
+    """A link to another page that keeps what is chosen."""
+    st.page_link(PAGES / f"{page}.py", label=label, icon=f":material/{icon or 'arrow_forward'}:",
+                 query_params=_chosen())
+
+
+def go(page: str, **choices: str) -> None:
+    """Leaves for another page, with choices made there (dataset="...", job="...")."""
+    for name, value in choices.items():
+        st.session_state[f"chosen_{name}"] = value
+    st.switch_page(PAGES / f"{page}.py", query_params={**_chosen(), **choices})
+
+
+def dataset_picker(label: str = "Data set") -> str | None:
+    """The data set at work, kept across pages and in the address; None (and nothing drawn) when there is none."""
+    with explained():
+        return pick("dataset", label, workbench().datasets.names())
+    return None
+
+
+def version_picker(dataset: str, label: str = "Version", name: str = "version") -> str | None:
+    """A version of the data set as a reference, newest first; None when none is published."""
+    with explained():
+        versions = workbench().datasets.versions(dataset)
+        about = {one.ref: f"{one.version} · {one.labeled} of {one.frames} frames labelled" for one in versions}
+        return pick(name, label, [one.ref for one in versions], about.get)
+    return None
+
+
+def model_picker(refs: Sequence[str], label: str = "Model", about: dict[str, str] | None = None,
+                 name: str = "model") -> str | None:
+    """One of the model references, best first as the caller ordered them; None when there are none."""
+    return pick(name, label, list(refs), lambda ref: (about or {}).get(ref, ref))
+
+
+def pick(name: str, label: str, options: Sequence[str], format_func: Any = str) -> str | None:
+    """A select box whose choice survives a change of page (session) and a reload (address)."""
+    if not options:
+        return None
+    key = f"pick_{name}"
+    remembered = st.query_params.get(name) if key not in st.session_state else None
+    wanted = remembered or st.session_state.get(f"chosen_{name}")
+    if st.session_state.get(key) not in options:
+        st.session_state[key] = wanted if wanted in options else options[0]
+    value = st.selectbox(label, options, format_func=format_func, key=key)
+    st.session_state[f"chosen_{name}"] = value
+    if st.query_params.get(name) != value:
+        st.query_params[name] = value
+    return value
+
+
+def _chosen() -> dict[str, str]:
+    return {"dataset": st.session_state["chosen_dataset"]} if st.session_state.get("chosen_dataset") else {}
+
+
+def submit(kind: str, arguments: dict[str, Any]) -> str | None:
+    """Starts a job and watches it on this page; the same click twice is one job. None when it could not be started.
+
+    The idempotency key is the form's token and the arguments. The token is made with the form and renewed only after
+    its job has ended, so that a second click, however late it arrives, names the same job.
+    """
+    token = st.session_state.setdefault(f"form_{kind}", uuid.uuid4().hex)
+    said = json.dumps([token, kind, arguments], sort_keys=True, default=str)
+    with explained():
+        job_id = workbench().jobs.submit(kind, arguments, person=person(),
+                                         key=hashlib.sha256(said.encode()).hexdigest()[:32])
+        st.session_state[f"job_{kind}"] = job_id
+        st.query_params["job"] = job_id
+        return job_id
+    return None
+
+
+def watched(kind: str, dataset: str | None = None) -> Any | None:
+    """The job of this kind to show here: this visitor's, else one that still runs on the data set, else None."""
+    jobs = workbench().jobs
+    asked = st.session_state.get(f"job_{kind}") or st.query_params.get("job")
+    if asked:
+        try:
+            status = jobs.get(asked)
+        except WorkbenchError:
+            # An old address: the job it names is gone.
+            st.session_state.pop(f"job_{kind}", None)
+        else:
+            if status.kind == kind and (dataset is None or dataset_of(status) == dataset):
+                st.session_state[f"job_{kind}"] = status.id
+                if status.state not in ACTIVE:
+                    st.session_state[f"form_{kind}"] = f"after {status.id}"
+                return status
+    for status in jobs.list(limit=50):
+        if status.kind == kind and status.state in ACTIVE and (dataset is None or dataset_of(status) == dataset):
+            return status
+    return None
+
+
+def dataset_of(status: Any) -> str:
+    """The data set a job works on, by its arguments."""
+    return str(status.args.get("dataset") or str(status.args.get("version", "")).partition("@")[0])
+
+
+def job_panel(job_id: str, open_log: bool = False) -> None:
+    """A job as it goes: state, progress, failed items, cancel, log; drawn again every second while it runs."""
+    try:
+        status = workbench().jobs.get(job_id)
+    except WorkbenchError as failure:
+        error(failure)
+        return
+    is_active = status.state in ACTIVE
+
+    @st.fragment(run_every=1 if is_active else None)
+    def panel() -> None:
+        with explained():
+            now = workbench().jobs.get(job_id)
+            if is_active and now.state not in ACTIVE:
+                # The page around it shows the result.
+                st.rerun(scope="app")
+            _draw_job(now, open_log)
+
+    panel()
+
+
+def _draw_job(status: Any, open_log: bool) -> None:
+    jobs = workbench().jobs
+    with st.container(border=True):
+        left, right = st.columns([6, 1], vertical_alignment="center")
+        with left, st.container(horizontal=True, vertical_alignment="center"):
+            st.badge(status.state, color=STATE_COLOUR.get(status.state, "gray"))
+            st.markdown(f"**{literal(status.kind)}** {literal(dataset_of(status))}", width="content")
+            st.caption(f"{times.duration(status.started_at, status.finished_at)} · by {literal(status.person)} · "
+                       f"job `{status.id[:12]}`", width="content")
+        with right:
+            if status.state in ACTIVE and st.button("Cancel", key=f"cancel_{status.id}", icon=":material/stop_circle:"):
+                jobs.cancel(status.id)
+                st.toast("Cancelling: the job stops after the item it is at.")
+        if status.state in ACTIVE:
+            share = min(1.0, status.done / status.total) if status.total else 0.0
+            counted = f"{status.done} of {status.total}" if status.total else "waiting for a worker" \
+                if status.state == "queued" else "starting"
+            st.progress(share, text=literal(f"{counted}{' · ' + status.note if status.note else ''}"))
+        if status.state == "failed" and status.error:
+            st.error(literal(status.error), icon=":material/error:")
+        failed = jobs.failed_items(status.id) if status.failed_items else []
+        if failed:
+            with st.expander(f"{len(failed)} failed items", icon=":material/warning:"):
+                st.dataframe([{"item": item, "reason": reason} for item, reason in failed], hide_index=True)
+        with st.expander("Log", expanded=open_log, icon=":material/notes:"):
+            lines = jobs.log_lines(status.id)
+            st.code("\n".join(lines[-LOG_LINES:]) or "Nothing was logged yet.", language=None)
