@@ -89,8 +89,9 @@ class AnnotationServer(Protocol):
         """
         ...
 
-    def frame_names(self, dataset: str, status: str | None = None) -> list[str]:
-        """Sorted names, all or those of one status."""
+    def frame_names(self, dataset: str, status: str | None = None, order: str = "name") -> list[str]:
+        """Names, all or those of one status; sorted, or with order "confidence" by their least confident machine box
+        as it was last written, lowest first and frames without a machine box last."""
         ...
 
     def read(self, dataset: str, names: Sequence[str]) -> dict[str, WorkingFrame]:
@@ -137,12 +138,14 @@ class DatasetStore(Protocol):
 
     def manifest(self, ref: str) -> Manifest: ...
 
-    def publish(self, dataset: str, manifest: Manifest, message: str, author: str, bump: str | None = None) -> DatasetVersion:
+    def publish(self, dataset: str, manifest: Manifest, message: str, author: str, bump: str | None = None,
+                after: str | None = None) -> DatasetVersion:
         """Makes the next version; creates the data set on its first.
 
         The number moves as `workbench.dataset.Diff.bump` says unless `bump` is given. The same content as the latest
         version returns that version and changes nothing. Killed at any moment, the version is there whole or not at
-        all, and publishing again ends the same way.
+        all, and publishing again ends the same way. A frame whose pixels are missing is Invalid and named. `after` is
+        the version number the manifest was made from, "" for none: when another one is the latest by now, Conflict.
         """
         ...
 

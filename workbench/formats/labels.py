@@ -1,0 +1,171 @@
+"""What label files say, before and after it is held against the picture it is about.
+
+Every reader gives `Labels`; `place` turns one picture's part of them into annotations. The rules, the same for all formats:
+
+- a box that leaves the picture by at most ROUNDING_PX a side is cut to it without a word (tools round);
+- one of which at least half lies inside is cut and gives a warning; any other is refused;
+- so is one with NaN or infinity, one without area, and one of an unknown label;
+- a refused box is listed, and the picture goes on with its other boxes;
+- labels that were made for a picture of another size are refused as a whole: they belong to another picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workbench.annotation import DECIMALS, Annotation
+from workbench.errors import Invalid
+from workbench.taxonomy import Taxonomy
+
+ROUNDING_PX = 1.0
+MIN_INSIDE = 0.5  # share of a box's area that must lie in the picture
+
+
+@dataclass(frozen=True)
+class LabelBox:
+    """One box as a label file has it.
+
+    values       x1, y1, x2, y2 in pixels, or, where `is_relative`, centre x, centre y, width, height in 0..1
+    where        the file and the place in it, for messages: "labels/a.txt line 3"
+    """
+
+    label: str
+    values: tuple[float, float, float, float]
+    where: str
+    is_relative: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """What label files say about one picture.
+
+    boxes  None: no label file mentions it (nobody looked); (): one does, and has no box
+    split  "train", "val", "test", or None when the format does not say
+    size   (width, height) the labels were made for, or None when the format does not say
+    where  the label file, for messages
+    """
+
+    boxes: tuple[LabelBox, ...] | None = None
+    split: str | None = None
+    size: tuple[int, int] | None = None
+    where: str = ""
+
+
+@dataclass
+class Labels:
+    """All that a format's label files say: `images` by the picture's path, and what could not be used, by name."""
+
+    taxonomy: Taxonomy = Taxonomy(())
+    images: dict[str, ImageLabels] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Annotations that fit the picture (None: nobody looked), and what was refused or changed, by place."""
+
+    annotations: tuple[Annotation, ...] | None
+    refused: dict[str, str]
+    warnings: dict[str, str]
+
+
+def place(labels: ImageLabels, name: str, size: tuple[int, int], file_size: tuple[int, int], orientation: int,
+          source: str) -> Placed:
+    """One picture's labels as annotations of the upright picture.
+
+    name         the frame's name; with index, label and box it gives each annotation's id, so that the same labels
+                 uploaded again are the same content
+    size         (width, height) upright; file_size before it was turned; orientation: its EXIF orientation
+    source       who drew them, "human:<who>"
+    """
+    if labels.boxes is None:
+        return Placed(None, {}, {})
+    refused, warnings, annotations = {}, {}, []
+    turned = labels.size == file_size != size
+    if labels.size not in (None, size) and not turned:
+        claimed, real = (f"{one[0]} x {one[1]}" for one in (labels.size, size))
+        return Placed(None, {f"{labels.where} ({name})": f"its labels are for a picture of {claimed} pixels, the file has "
+                             f"{real}; they are left out, the picture is taken without labels."}, {})
+    seen = set()
+    for index, box in enumerate(labels.boxes):
+        try:
+            xyxy, warning = _fit(box, size, file_size, orientation if turned else 1)
+        except Invalid as error:
+            refused[box.where] = str(error)
+            continue
+        if (box.label, xyxy) in seen:
+            warnings[box.where] = f"repeats a box of {box.label!r}; it is taken once."
+            continue
+        seen.add((box.label, xyxy))
+        if warning:
+            warnings[box.where] = warning
+        annotations.append(Annotation(label=box.label, xyxy=xyxy, attributes=dict(box.attributes), source=source,
+                                      id=_id(name, index, box.label, xyxy)))
+    return Placed(tuple(annotations), refused, warnings)
+
+
+def number(value: object) -> float:
+    """A JSON or text value as a float (NaN where it is none): the checks of `place` then refuse it by place and name."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def usable_label(name: object) -> str | None:
+    """The label without blanks at its ends, or None when no taxonomy can hold it."""
+    try:
+        return Taxonomy((str(name).strip(),)).labels[0] if isinstance(name, (str, int, float)) else None
+    except Invalid:
+        return None
+
+
+def _fit(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orientation: int) -> tuple[tuple, str]:
+    """The box in the upright picture, cut to it at DECIMALS, and a warning or "". Raises Invalid with the reason."""
+    values = box.values
+    if not all(map(math.isfinite, values)):
+        raise Invalid(f"the box of {box.label!r} has a value that is not a finite number; the box is left out.")
+    if box.is_relative:
+        x, y, w, h = values
+        values = ((x - w / 2) * size[0], (y - h / 2) * size[1], (x + w / 2) * size[0], (y + h / 2) * size[1])
+    x1, y1, x2, y2 = _turn(values, file_size, orientation)
+    shown = ", ".join(f"{value:g}" for value in (x1, y1, x2, y2))
+    if x2 <= x1 or y2 <= y1:
+        raise Invalid(f"the box ({shown}) of {box.label!r} has no area: its right and bottom must lie beyond its left and "
+                      "top; the box is left out.")
+    width, height = size
+    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    share = max(inside[2] - inside[0], 0) * max(inside[3] - inside[1], 0) / ((x2 - x1) * (y2 - y1))
+    out = max(-x1, -y1, x2 - width, y2 - height)
+    cut = tuple(round(value, DECIMALS) for value in inside)
+    if share == 0 or (share < MIN_INSIDE and out > ROUNDING_PX):
+        raise Invalid(f"the box ({shown}) of {box.label!r} lies {1 - share:.0%} outside the picture of {width} x {height} "
+                      "pixels; the box is left out.")
+    if cut[2] <= cut[0] or cut[3] <= cut[1]:
+        raise Invalid(f"the box ({shown}) of {box.label!r} is less than a hundredth of a pixel wide; the box is left out.")
+    if out > ROUNDING_PX:
+        return cut, (f"the box ({shown}) of {box.label!r} leaves the picture of {width} x {height} pixels by {out:.1f}; it "
+                     "was cut to it.")
+    return cut, ""
+
+
+def _turn(xyxy: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, float, float, float]:
+    """A box drawn on the file's own pixels, in the upright picture (EXIF 2.32, 4.6.4, tag 274)."""
+    (x1, y1, x2, y2), (w, h) = xyxy, size
+    return {
+        1: (x1, y1, x2, y2), 2: (w - x2, y1, w - x1, y2), 3: (w - x2, h - y2, w - x1, h - y1), 4: (x1, h - y2, x2, h - y1),
+        5: (y1, x1, y2, x2), 6: (h - y2, x1, h - y1, x2), 7: (h - y2, w - x2, h - y1, w - x1), 8: (y1, w - x2, y2, w - x1),
+    }[orientation]
+
+
+def _id(name: str, index: int, label: str, xyxy: tuple[float, ...]) -> str:
+    box = ",".join(f"{value:.{DECIMALS}f}" for value in xyxy)
+    return hashlib.sha256(f"upload\0{name}\0{index}\0{label}\0{box}".encode()).hexdigest()[:32]
