@@ -24,7 +24,8 @@ PAGES = {
     "Behind it": [("models", "Models", "deployed_code"), ("jobs", "Jobs", "list_alt"), ("cvat", "CVAT", "hub")],
 }
 
-st.set_page_config(page_title="Workbench", page_icon=":material/cycle:", layout="wide")
+st.set_page_config(page_title="Workbench", page_icon=":material/cycle:", layout="wide", initial_sidebar_state=232)
+st.logo(PROJECT / "app" / "logo.svg", size="large")
 page = st.navigation({
     section: [st.Page(PROJECT / "pages" / f"{name}.py", title=title, icon=f":material/{icon}:", url_path=name,
                       default=name == "overview") for name, title, icon in pages]

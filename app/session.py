@@ -17,11 +17,12 @@ from app import times
 from workbench import wiring
 from workbench.config import Config
 from workbench.errors import Unavailable, WorkbenchError
+from workbench.jobs import JobStatus
 
 PAGES = Path(__file__).resolve().parent.parent / "pages"
-ACTIVE = ("queued", "running")
 STATE_COLOUR = {"queued": "gray", "running": "blue", "done": "green", "failed": "red", "cancelled": "orange"}
 LOG_LINES = 200
+PERSON_LETTERS = 100
 
 
 def workbench() -> wiring.Workbench:
@@ -35,17 +36,19 @@ def _open(config: Config) -> wiring.Workbench:
 
 
 def person() -> str:
-    """Who acts: the name typed in the sidebar, else the setting `person`."""
-    return (st.session_state.get("acting_person") or "").strip() or workbench().config.person
+    """Who acts: the name typed in the sidebar, else the one in the address, else the setting `person`."""
+    said = st.session_state.get("acting_person") or st.query_params.get("person") or ""
+    said = "".join(letter for letter in said if letter.isprintable()).strip()[:PERSON_LETTERS]
+    return said or workbench().config.person
 
 
 def frame() -> None:
     """What surrounds every page: a little style, and who acts."""
-    st.html("<style>.block-container{padding-top:2.6rem;padding-bottom:4rem;max-width:1500px}"
+    st.html("<style>.block-container{padding:2.2rem 2.6rem 4rem;max-width:1500px}"
             "[data-testid=stMetricValue]{font-size:1.5rem}</style>")
     with st.sidebar:
         # Kept apart from the widget: Streamlit forgets a widget's value when a page is left.
-        st.text_input("Who acts", value=person(), key="acting_person_typed", max_chars=100, icon=":material/person:",
+        st.text_input("Who acts", value=person(), key="acting_person_typed", max_chars=PERSON_LETTERS, icon=":material/person:",
                       on_change=_take_person, help="Reviews, runs, versions and promotions are recorded under this name.")
 
 
@@ -99,14 +102,14 @@ def empty(sentence: str, page: str | None = None, label: str = "", icon: str = "
 def link(page: str, label: str, icon: str = "arrow_forward") -> None:
     """A link to another page that keeps what is chosen."""
     st.page_link(PAGES / f"{page}.py", label=label, icon=f":material/{icon or 'arrow_forward'}:",
-                 query_params=_chosen())
+                 query_params=chosen())
 
 
 def go(page: str, **choices: str) -> None:
     """Leaves for another page, with choices made there (dataset="...", job="...")."""
     for name, value in choices.items():
         st.session_state[f"chosen_{name}"] = value
-    st.switch_page(PAGES / f"{page}.py", query_params={**_chosen(), **choices})
+    st.switch_page(PAGES / f"{page}.py", query_params={**chosen(), **choices})
 
 
 def dataset_picker(label: str = "Data set") -> str | None:
@@ -147,8 +150,10 @@ def pick(name: str, label: str, options: Sequence[str], format_func: Any = str) 
     return value
 
 
-def _chosen() -> dict[str, str]:
-    return {"dataset": st.session_state["chosen_dataset"]} if st.session_state.get("chosen_dataset") else {}
+def chosen() -> dict[str, str]:
+    """What an address must carry to open another page with the same data set and person."""
+    said = {"dataset": st.session_state.get("chosen_dataset"), "person": person() if person() != workbench().config.person else None}
+    return {name: value for name, value in said.items() if value}
 
 
 def submit(kind: str, arguments: dict[str, Any]) -> str | None:
@@ -158,7 +163,8 @@ def submit(kind: str, arguments: dict[str, Any]) -> str | None:
     its job has ended, so that a second click, however late it arrives, names the same job.
     """
     token = st.session_state.setdefault(f"form_{kind}", uuid.uuid4().hex)
-    said = json.dumps([token, kind, arguments], sort_keys=True, default=str)
+    arguments = {**arguments, "person": person()}
+    said = json.dumps([token, kind, arguments], sort_keys=True)
     with explained():
         job_id = workbench().jobs.submit(kind, arguments, person=person(),
                                          key=hashlib.sha256(said.encode()).hexdigest()[:32])
@@ -168,7 +174,7 @@ def submit(kind: str, arguments: dict[str, Any]) -> str | None:
     return None
 
 
-def watched(kind: str, dataset: str | None = None) -> Any | None:
+def watched(kind: str, dataset: str | None = None) -> JobStatus | None:
     """The job of this kind to show here: this visitor's, else one that still runs on the data set, else None."""
     jobs = workbench().jobs
     asked = st.session_state.get(f"job_{kind}") or st.query_params.get("job")
@@ -181,16 +187,18 @@ def watched(kind: str, dataset: str | None = None) -> Any | None:
         else:
             if status.kind == kind and (dataset is None or dataset_of(status) == dataset):
                 st.session_state[f"job_{kind}"] = status.id
-                if status.state not in ACTIVE:
+                if status.is_over:
                     st.session_state[f"form_{kind}"] = f"after {status.id}"
                 return status
-    for status in jobs.list(limit=50):
-        if status.kind == kind and status.state in ACTIVE and (dataset is None or dataset_of(status) == dataset):
-            return status
-    return None
+    return next((job for job in active_jobs(kind) if dataset is None or dataset_of(job) == dataset), None)
 
 
-def dataset_of(status: Any) -> str:
+def active_jobs(kind: str | None = None) -> list[JobStatus]:
+    """The jobs that run, then those that wait, each newest first."""
+    return [job for state in ("running", "queued") for job in workbench().jobs.list(limit=50, kind=kind, state=state)]
+
+
+def dataset_of(status: JobStatus) -> str:
     """The data set a job works on, by its arguments."""
     return str(status.args.get("dataset") or str(status.args.get("version", "")).partition("@")[0])
 
@@ -202,13 +210,13 @@ def job_panel(job_id: str, open_log: bool = False) -> None:
     except WorkbenchError as failure:
         error(failure)
         return
-    is_active = status.state in ACTIVE
+    is_active = not status.is_over
 
     @st.fragment(run_every=1 if is_active else None)
     def panel() -> None:
         with explained():
             now = workbench().jobs.get(job_id)
-            if is_active and now.state not in ACTIVE:
+            if is_active and now.is_over:
                 # The page around it shows the result.
                 st.rerun(scope="app")
             _draw_job(now, open_log)
@@ -216,30 +224,35 @@ def job_panel(job_id: str, open_log: bool = False) -> None:
     panel()
 
 
-def _draw_job(status: Any, open_log: bool) -> None:
+def _draw_job(status: JobStatus, open_log: bool) -> None:
     jobs = workbench().jobs
     with st.container(border=True):
-        left, right = st.columns([6, 1], vertical_alignment="center")
+        left, right = st.columns([5, 1], vertical_alignment="center")
         with left, st.container(horizontal=True, vertical_alignment="center"):
             st.badge(status.state, color=STATE_COLOUR.get(status.state, "gray"))
             st.markdown(f"**{literal(status.kind)}** {literal(dataset_of(status))}", width="content")
             st.caption(f"{times.duration(status.started_at, status.finished_at)} · by {literal(status.person)} · "
                        f"job `{status.id[:12]}`", width="content")
-        with right:
-            if status.state in ACTIVE and st.button("Cancel", key=f"cancel_{status.id}", icon=":material/stop_circle:"):
+        with right, st.container(horizontal=True, horizontal_alignment="right"):
+            if status.is_cancelling:
+                st.caption("stopping …")
+            elif not status.is_over and st.button("Cancel", key=f"cancel_{status.id}", icon=":material/stop_circle:"):
                 jobs.cancel(status.id)
                 st.toast("Cancelling: the job stops after the item it is at.")
-        if status.state in ACTIVE:
+        if not status.is_over:
             share = min(1.0, status.done / status.total) if status.total else 0.0
             counted = f"{status.done} of {status.total}" if status.total else "waiting for a worker" \
                 if status.state == "queued" else "starting"
             st.progress(share, text=literal(f"{counted}{' · ' + status.note if status.note else ''}"))
         if status.state == "failed" and status.error:
-            st.error(literal(status.error), icon=":material/error:")
-        failed = jobs.failed_items(status.id) if status.failed_items else []
+            said, _, more = status.error.partition("\n")
+            st.error(literal(said), icon=":material/error:")
+            if more:
+                st.code(more, language=None)
+        failed = jobs.failed_items(status.id) if status.failed_items else {}
         if failed:
             with st.expander(f"{len(failed)} failed items", icon=":material/warning:"):
-                st.dataframe([{"item": item, "reason": reason} for item, reason in failed], hide_index=True)
+                st.dataframe([{"item": item, "reason": reason} for item, reason in failed.items()], hide_index=True)
         with st.expander("Log", expanded=open_log, icon=":material/notes:"):
             lines = jobs.log_lines(status.id)
             st.code("\n".join(lines[-LOG_LINES:]) or "Nothing was logged yet.", language=None)

@@ -17,6 +17,9 @@ class Config:
     home               everything the embedded parts keep: blobs, repositories, databases, logs
     *_url              an outside server instead of the embedded part; empty means embedded
     *_port             loopback ports of the embedded parts
+    host               where the embedded parts listen; 0.0.0.0 only behind something that checks who comes in
+    allowed_hosts      names besides loopback under which the HTTP parts may be addressed, comma-separated
+    service_token      what the HTTP service asks for as a bearer token; empty: nothing
     person             who acts when nobody has signed in
     """
 
@@ -29,6 +32,7 @@ class Config:
     mongo_port: int = 8652
     mlflow_url: str = ""
     mongo_url: str = ""
+    fiftyone_url: str = ""
     database_url: str = ""
     blobs_url: str = ""
     person: str = "me"
@@ -36,6 +40,8 @@ class Config:
     threads: int = 0
     cvat_url: str = ""
     cvat_token: str = ""
+    service_token: str = ""
+    allowed_hosts: str = ""
 
     @classmethod
     def read(cls, home: str | Path | None = None, environ: dict[str, str] | None = None) -> Config:
@@ -74,24 +80,29 @@ class Config:
         return self.database_url or f"sqlite:///{self.home / 'workbench.sqlite'}"
 
     @property
+    def address(self) -> str:
+        """Where a part of this machine is reached: 0.0.0.0 is a place to listen, not one to call."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+
+    @property
     def mlflow(self) -> str:
-        return self.mlflow_url or f"http://{self.host}:{self.mlflow_port}"
+        return self.mlflow_url or f"http://{self.address}:{self.mlflow_port}"
 
     @property
     def mongo(self) -> str:
-        return self.mongo_url or f"mongodb://{self.host}:{self.mongo_port}"
+        return self.mongo_url or f"mongodb://{self.address}:{self.mongo_port}"
 
     @property
     def fiftyone(self) -> str:
-        return f"http://{self.host}:{self.fiftyone_port}"
+        return self.fiftyone_url or f"http://{self.address}:{self.fiftyone_port}"
 
     @property
     def ui(self) -> str:
-        return f"http://{self.host}:{self.ui_port}"
+        return f"http://{self.address}:{self.ui_port}"
 
     @property
     def service(self) -> str:
-        return f"http://{self.host}:{self.service_port}"
+        return f"http://{self.address}:{self.service_port}"
 
     @property
     def worker_threads(self) -> int:

@@ -11,34 +11,47 @@ from typing import Any
 
 import numpy as np
 
-from workbench.annotation import Annotation, is_same_drawing
-from workbench.boxes import iou
+from workbench.annotation import DECIMALS, Annotation, is_same_drawing
+from workbench.boxes import clip, iou
 from workbench.dataset import Frame
 from workbench.errors import Conflict
 
 # A proposal that overlaps a person's box this much is the same object; 0.5 is the match threshold of PASCAL VOC.
 SAME_OBJECT_IOU = 0.5
 STATUSES = ("new", "annotated", "accepted", "rejected")
+# The label of what a person drew and has not named yet; no taxonomy has it, so such a frame cannot be accepted.
+NO_LABEL = "(no label)"
 
 
 @dataclass(frozen=True)
 class RunWrite:
-    """What one machine run did to one frame. `looked` tells a frame that had no annotations before (None) from ()."""
+    """What one machine run did to one frame.
+
+    added, removed  what it drew, and the machine boxes it replaced
+    was_unseen      the frame had no annotations before (None, not ())
+    was_status      the frame's status before
+    is_undone       taken back; kept with `added` cut to what a person had changed or deleted, so that the deleted does
+                    not come back and the changed still says which model drew it
+    """
 
     run_id: str
     source: str
     added: tuple[Annotation, ...]
     removed: tuple[Annotation, ...]
     was_unseen: bool
+    was_status: str = "new"
+    is_undone: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"run_id": self.run_id, "source": self.source, "was_unseen": self.was_unseen,
+                "was_status": self.was_status, "is_undone": self.is_undone,
                 "added": [a.to_json() for a in self.added], "removed": [a.to_json() for a in self.removed]}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> RunWrite:
         return cls(record["run_id"], record["source"], tuple(map(Annotation.from_json, record["added"])),
-                   tuple(map(Annotation.from_json, record["removed"])), record["was_unseen"])
+                   tuple(map(Annotation.from_json, record["removed"])), record["was_unseen"],
+                   record.get("was_status", "new"), record.get("is_undone", False))
 
 
 @dataclass(frozen=True)
@@ -101,36 +114,44 @@ def propose(working: WorkingFrame, run_id: str, source: str, proposals: tuple[An
     """A machine run's result for one frame: machine boxes nobody touched are replaced, all human work stays.
 
     A proposal is dropped where a person drew or changed a box, or deleted one of the same label, at IoU >=
-    SAME_OBJECT_IOU. A reviewed frame, and one this run wrote before (a repeat after a crash), come back unchanged.
+    SAME_OBJECT_IOU (a tag: where a person set or deleted the same one). Proposals are cut to the frame. A reviewed
+    frame, and one this run wrote before (a repeat after a crash), come back unchanged.
     """
     if working.is_reviewed or any(run.run_id == run_id for run in working.runs):
         return working
     now = touch(working)
-    kept = [a for a in proposals
-            if not _overlaps(a, now.human) and not _overlaps(a, tuple(d for d in now.deleted if d.label == a.label))]
-    write = RunWrite(run_id, source, tuple(kept), now.machine, was_unseen=working.annotations is None)
+    cut = [_in_frame(proposal, working.frame) for proposal in proposals]
+    kept = [a for a in cut if a is not None and not _stands_among(a, now.human)
+            and not _stands_among(a, tuple(d for d in now.deleted if d.label == a.label))]
+    write = RunWrite(run_id, source, tuple(kept), now.machine, was_unseen=working.annotations is None,
+                     was_status=working.status)
     return replace(working, annotations=now.human + tuple(kept), runs=working.runs + (write,), status="annotated")
 
 
 def undo(working: WorkingFrame, run_id: str) -> WorkingFrame:
     """Takes one run back: exactly the frame before it, with what people did since kept.
 
-    A frame reviewed since, or never written by the run, comes back unchanged. Raises Conflict when a later run wrote
-    to the frame: undo that one first.
+    What the run had replaced comes back, except where a person changed or deleted what replaced it. A frame reviewed
+    since, or never written by the run, comes back unchanged. Raises Conflict when a later run wrote to the frame: undo
+    that one first.
     """
-    positions = [index for index, run in enumerate(working.runs) if run.run_id == run_id]
-    if not positions or working.is_reviewed:
+    at = next((index for index, run in enumerate(working.runs) if run.run_id == run_id and not run.is_undone), None)
+    if at is None or working.is_reviewed:
         return working
-    if positions[0] != len(working.runs) - 1:
-        raise Conflict(f"{working.frame.name}: run {working.runs[-1].run_id} came after {run_id}. Undo that one first.")
-    run, now = working.runs[-1], touch(working)
+    later = [run.run_id for run in working.runs[at + 1:] if not run.is_undone]
+    if later:
+        raise Conflict(f"{working.frame.name}: run {later[-1]} came after {run_id}. Undo that one first.")
+    run, now = working.runs[at], touch(working)
     added = {annotation.id for annotation in run.added}
-    stays = tuple(a for a in now.machine if a.id not in added)
-    annotations = now.human + stays + run.removed
-    is_unseen = run.was_unseen and not annotations and not any(a.id in added for a in now.deleted)
-    status = "annotated" if (working.runs[:-1] or annotations) else "new"
-    return replace(working, annotations=None if is_unseen else annotations, runs=working.runs[:-1],
-                   status="new" if is_unseen else status)
+    changed = tuple(a for a in now.human if a.id in added)
+    deleted = tuple(a for a in now.deleted if a.id in added)
+    restored = tuple(a for a in run.removed if not _stands_among(a, changed + deleted))
+    annotations = now.human + tuple(a for a in now.machine if a.id not in added) + restored
+    touched = {annotation.id for annotation in changed + deleted}
+    left = replace(run, added=tuple(a for a in run.added if a.id in touched), removed=(), is_undone=True)
+    is_unseen = run.was_unseen and not annotations and not deleted
+    return replace(working, annotations=None if is_unseen else annotations, status=run.was_status,
+                   runs=working.runs[:at] + ((left,) if touched else ()) + working.runs[at + 1:])
 
 
 def settle(working: WorkingFrame, person: str) -> tuple[Annotation, ...]:
@@ -149,8 +170,26 @@ def settle(working: WorkingFrame, person: str) -> tuple[Annotation, ...]:
     return tuple(settled)
 
 
-def _overlaps(proposal: Annotation, others: tuple[Annotation, ...]) -> bool:
-    boxes = [other.xyxy for other in others if other.xyxy is not None]
-    if proposal.xyxy is None or not boxes:
-        return False
-    return bool((iou(np.array([proposal.xyxy]), np.array(boxes)) >= SAME_OBJECT_IOU).any())
+def _in_frame(proposal: Annotation, frame: Frame) -> Annotation | None:
+    """A box cut to the frame and rounded as it is published; None when nothing of it is left."""
+    if proposal.xyxy is None:
+        return proposal
+    box = tuple(round(float(value), DECIMALS) for value in clip(np.array([proposal.xyxy]), frame.width, frame.height)[0])
+    return replace(proposal, xyxy=box) if box[2] > box[0] and box[3] > box[1] else None
+
+
+def _stands_among(one: Annotation, others: tuple[Annotation, ...]) -> bool:
+    """Whether one of the others is the same object: its box overlaps enough, whatever its label; of tags, the same tag."""
+    box = _box(one)
+    boxes = [_box(other) for other in others]
+    if box is None:
+        return any(around is None and is_same_drawing(one, other) for around, other in zip(boxes, others))
+    boxes = [around for around in boxes if around is not None]
+    return bool(boxes) and bool((iou(np.array([box]), np.array(boxes)) >= SAME_OBJECT_IOU).any())
+
+
+def _box(annotation: Annotation) -> tuple[float, float, float, float] | None:
+    if annotation.xyxy is not None or annotation.polygon is None:
+        return annotation.xyxy
+    xs, ys = zip(*annotation.polygon)
+    return min(xs), min(ys), max(xs), max(ys)

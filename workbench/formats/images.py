@@ -80,9 +80,10 @@ def read_image(data: bytes, suffix: str, limits: Limits = Limits()) -> Picture:
 def read_file(file: Path, limits: Limits = Limits()) -> Picture:
     """Likewise for a file; Invalid also when it cannot be opened."""
     try:
-        # One byte more than allowed: a file that grows meanwhile cannot fill the memory.
+        # Asked first: read(n) sets n bytes aside at once, however small the file is.
+        size = min(file.stat().st_size, limits.image_bytes)
         with file.open("rb") as opened:
-            data = opened.read(limits.image_bytes + 1)
+            data = opened.read(size + 1)
     except OSError as error:
         raise Invalid(f"cannot be read ({error.strerror}); check its permissions.") from error
     return read_image(data, file.suffix, limits)

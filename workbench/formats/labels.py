@@ -138,12 +138,13 @@ def _fit(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orien
         values = ((x - w / 2) * size[0], (y - h / 2) * size[1], (x + w / 2) * size[0], (y + h / 2) * size[1])
     x1, y1, x2, y2 = _turn(values, file_size, orientation)
     shown = ", ".join(f"{value:g}" for value in (x1, y1, x2, y2))
-    if x2 <= x1 or y2 <= y1:
+    area = (x2 - x1) * (y2 - y1)
+    if x2 <= x1 or y2 <= y1 or area == 0:
         raise Invalid(f"the box ({shown}) of {box.label!r} has no area: its right and bottom must lie beyond its left and "
                       "top; the box is left out.")
     width, height = size
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    share = max(inside[2] - inside[0], 0) * max(inside[3] - inside[1], 0) / ((x2 - x1) * (y2 - y1))
+    share = max(inside[2] - inside[0], 0) * max(inside[3] - inside[1], 0) / area
     out = max(-x1, -y1, x2 - width, y2 - height)
     cut = tuple(round(value, DECIMALS) for value in inside)
     if share == 0 or (share < MIN_INSIDE and out > ROUNDING_PX):

@@ -1,0 +1,235 @@
+"""Kills the worker with SIGKILL at random moments of the annotate and version steps and compares with an undisturbed run.
+
+Real parts: worker processes, mongod with FiftyOne's documents, git repositories, SQLite. The same frames are annotated and
+published twice under the same job keys, once by a worker that is left alone, once by workers that are killed and started
+again. Working copies, versions, ledgers and repositories must be the same to the last digit.
+
+Prints one JSON line, last: kills; identical (are all rounds the same); lost and doubled (boxes, runs, ledger entries, jobs
+and commits that are missing or there twice); by_moment (what the killed worker was doing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from socket import socket
+from typing import Any, Iterator
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from workbench import quickstart, supervise
+from workbench.config import Config
+from workbench.inference.graph import file_record
+from workbench.model import InputSpec, ModelCard
+from workbench.ports import Quiet
+from workbench.steps.upload import upload
+from workbench.taxonomy import Taxonomy
+from workbench.wiring import Workbench
+
+ROUND_S = 300     # a round that takes longer than this is stuck
+DELAY_S = 0.8     # kills fall into the first so many seconds of a job, about as long as one takes
+STARTING = 0.15   # share of kills that fall into the start of the worker, before it has a job
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--frames", type=int, default=60, help="frames a round")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="workbench-kill-") as folder:
+        figures = run(Path(folder), options.kills, options.frames, options.seed)
+    print(json.dumps(figures))
+    sys.exit(0 if figures["identical"] and not figures["lost"] and not figures["doubled"] else 1)
+
+
+def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
+    began, chance = time.monotonic(), random.Random(seed)
+    base = Config(home=folder / "mongo", mongo_port=_free_port(), threads=1)
+    pictures = quickstart.generate(folder / "pictures", seed=seed, train=frames + 1, val=0, test=1, unlabeled=frames,
+                                   size=(192, 144))
+    with supervise.Supervisor(base, parts=("mongod",), on_line=_say) as supervisor:
+        supervisor.wait_ready()
+        left_alone = Workbench(replace(base, home=folder / "left-alone", mongo_url=base.mongo))
+        disturbed = Workbench(replace(base, home=folder / "disturbed", mongo_url=base.mongo))
+        for workbench in (left_alone, disturbed):
+            _add_detector(workbench, folder / "model")
+        moments: Counter[str] = Counter()
+        lost = doubled = rounds = 0
+        identical = True
+        while moments.total() < kills:
+            dataset = f"round{rounds}"
+            _upload(left_alone, dataset, pictures)
+            with _worker(left_alone):
+                _finish(left_alone, _submit(left_alone, dataset))
+            expected = _state(left_alone, dataset)
+            # Both write to one database, under one name: the same job ids, so the same ids of boxes.
+            left_alone.server.delete_task(dataset)
+            _upload(disturbed, dataset, pictures)
+            ids = _submit(disturbed, dataset)
+            _disturb(disturbed, ids, kills - moments.total(), moments, chance)
+            with _worker(disturbed):
+                _finish(disturbed, ids)
+            found = _state(disturbed, dataset)
+            disturbed.server.delete_task(dataset)
+            missing, extra = expected["counted"] - found["counted"], found["counted"] - expected["counted"]
+            lost, doubled, rounds = lost + missing.total(), doubled + extra.total(), rounds + 1
+            identical = identical and found == expected
+            _say(f"round {rounds}: {moments.total()} kills, {'identical' if found == expected else 'DIFFERENT'}, "
+                 f"{time.monotonic() - began:.0f} s")
+            for name in expected:
+                if found[name] != expected[name] and name != "counted":
+                    _say(f"  {name}: expected {str(expected[name])[:500]}, found {str(found[name])[:500]}")
+        boxes = sum(1 for what in expected["counted"].elements() if what.startswith("box "))
+    return {"kills": moments.total(), "identical": identical, "lost": lost, "doubled": doubled, "rounds": rounds,
+            "boxes_a_round": boxes, "by_moment": dict(sorted(moments.items())), "seconds": round(time.monotonic() - began, 1)}
+
+
+def _submit(workbench: Workbench, dataset: str) -> list[str]:
+    jobs = workbench.jobs
+    return [jobs.submit("annotate", {"dataset": dataset, "model": "cells@1", "batch": 4}, person="bench", key=dataset),
+            jobs.submit("version", {"dataset": dataset, "include": "annotated", "message": "drawn by the machine"},
+                        person="bench", key=dataset)]
+
+
+def _disturb(workbench: Workbench, ids: list[str], most: int, moments: Counter[str], chance: random.Random) -> None:
+    """Starts workers and kills them until both jobs are over or `most` have been killed."""
+    for _ in range(most):
+        with _worker(workbench, kill=True) as process:
+            if chance.random() < STARTING:
+                time.sleep(chance.random() * 2)
+            else:
+                until = time.monotonic() + ROUND_S
+                while not _doing(workbench, ids, process.pid):
+                    if all(workbench.jobs.get(job_id).is_over for job_id in ids):
+                        return
+                    if process.poll() is not None or time.monotonic() > until:
+                        raise RuntimeError(f"The worker took no job; its log is {workbench.config.home / 'worker.log'}")
+                    time.sleep(0.01)
+                time.sleep(chance.random() * DELAY_S)
+            doing = _doing(workbench, ids, process.pid)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        moments[doing or "between jobs"] += 1
+        if all(workbench.jobs.get(job_id).is_over for job_id in ids):
+            return
+
+
+def _doing(workbench: Workbench, ids: list[str], pid: int) -> str:
+    mine = [worker.id for worker in workbench.jobs.workers() if worker.pid == pid]
+    running = [status.kind for status in map(workbench.jobs.get, ids) if status.state == "running" and status.worker in mine]
+    return running[0] if running else ""
+
+
+def _finish(workbench: Workbench, ids: list[str]) -> None:
+    for job_id in ids:
+        status = workbench.jobs.wait(job_id, ROUND_S)
+        if status.state != "done":
+            raise RuntimeError(f"{status.kind} {status.state}: {status.error} {workbench.jobs.log_lines(job_id)[-3:]}")
+
+
+@contextmanager
+def _worker(workbench: Workbench, kill: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    config = workbench.config
+    with (config.home / "worker.log").open("ab") as log:
+        process = subprocess.Popen(supervise.part("worker").argv(config), env=supervise.environment(config), cwd=config.home,
+                                   stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        process.wait(60)
+
+
+def _upload(workbench: Workbench, dataset: str, pictures: Path) -> None:
+    upload(dataset, pictures, store=workbench.datasets, server=workbench.server, blobs=workbench.blobs, job=Quiet(),
+           person="bench")
+
+
+def _state(workbench: Workbench, dataset: str) -> dict[str, Any]:
+    """All that must be the same; `counted` holds each single thing as often as it is there."""
+    server, store = workbench.server, workbench.datasets
+    working = server.read(dataset, server.frame_names(dataset))
+    counted: Counter[str] = Counter()
+    for name, one in working.items():
+        counted.update(f"box {name} {annotation.id}" for annotation in one.annotations or ())
+        counted.update(f"run {name} {run.run_id}" for run in one.runs)
+    versions = store.versions(dataset)
+    for one in versions:
+        counted.update(f"published {one.ref} {labeled.frame.name} {annotation.id}"
+                       for labeled in store.manifest(one.ref).frames for annotation in labeled.annotations or ())
+    repository = store.checkout_url(dataset)
+    commits = subprocess.run(["git", "-C", repository, "rev-list", "--all", "--count"], capture_output=True, text=True, check=True)
+    tags = subprocess.run(["git", "-C", repository, "tag"], capture_output=True, text=True, check=True)
+    subprocess.run(["git", "-C", repository, "fsck", "--strict"], capture_output=True, check=True)
+    counted["commit"] = int(commits.stdout)
+    counted.update(f"tag {tag}" for tag in tags.stdout.split())
+    ledger = workbench.records.entries("machine_runs", dataset)
+    counted.update(f"ledger {entry.subject} {sorted(entry.facts)}" for entry in ledger)
+    jobs = [status for status in workbench.jobs.list(1000) if status.args["dataset"] == dataset]
+    counted.update(f"job {status.id} {status.state}" for status in jobs)
+    return {
+        "counted": counted,
+        "working": {name: [[a.to_json() for a in one.annotations or ()], [run.to_json() for run in one.runs], one.status,
+                           one.split, one.annotations is None] for name, one in sorted(working.items())},
+        "versions": [(one.ref, one.digest, one.frames, one.labeled, one.boxes) for one in versions],
+        "results": {status.kind: {key: value for key, value in (status.result or {}).items()
+                                  if key in ("frames", "boxes", "by_label", "failed", "version", "labeled", "digest")}
+                    for status in jobs},
+        "failed": {status.kind: workbench.jobs.failed_items(status.id) for status in jobs},
+    }
+
+
+def _add_detector(workbench: Workbench, folder: Path) -> None:
+    """Registers cells@1: a graph of one convolution over 4 x 4 cells; its boxes depend on the pixels, nothing else."""
+    folder.mkdir(exist_ok=True)
+    chance, labels, side, cell = np.random.default_rng(0), quickstart.LABELS, 64, 16
+    cells = (side // cell) ** 2
+    constants = {"mix": chance.normal(0, 0.02, (len(labels), 3, 1, 1)).astype(np.float32),
+                 "flat": np.array([0, len(labels), cells], np.int64), "zero": np.float32(0),
+                 "sides": np.full((1, 1, 4), 0.75, np.float32), "sure": np.full((1, 1, 1), 20, np.float32)}
+    nodes = [helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+             helper.make_node("Transpose", ["x"], ["chw"], perm=[0, 3, 1, 2]),
+             helper.make_node("AveragePool", ["chw"], ["pooled"], kernel_shape=[cell, cell], strides=[cell, cell]),
+             helper.make_node("Conv", ["pooled", "mix"], ["maps"]),
+             helper.make_node("Reshape", ["maps", "flat"], ["flattened"]),
+             helper.make_node("Transpose", ["flattened"], ["cls_logits"], perm=[0, 2, 1]),
+             helper.make_node("ReduceMax", ["cls_logits"], ["largest"], axes=[2], keepdims=1),
+             helper.make_node("Mul", ["largest", "zero"], ["nought"]),
+             helper.make_node("Add", ["nought", "sides"], ["bbox_regression"]),
+             helper.make_node("Add", ["nought", "sure"], ["bbox_ctrness"])]
+    graph = helper.make_graph(
+        nodes, "cells", [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", side, side, 3])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+         for name in ("cls_logits", "bbox_regression", "bbox_ctrness")],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(folder / "model.onnx"))
+    card = ModelCard("cells", "1", InputSpec(size=(side, side)), {"name": "fcos", "strides": [cell], "confidence": 0.7, "iou": 0.5},
+                     Taxonomy(labels), {"model.onnx": file_record(folder / "model.onnx")}, licence="Apache-2.0")
+    workbench.models.register(card, folder)
+
+
+def _free_port() -> int:
+    with socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""The command line: one command per step of the loop. Steps run as jobs in the worker that `workbench up` starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from workbench import __version__
+from workbench.config import Config
+from workbench.errors import Invalid, NotFound, Unavailable, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.wiring import Workbench
+
+POLL_S = 0.3
+LISTED = 20
+
+
+class InOrder(click.Group):
+    """Lists commands as they are written here: in the order of the loop."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--home", type=click.Path(file_okay=False, path_type=Path), help="Folder of everything the workbench keeps "
+              "(WORKBENCH_HOME; ~/.workbench).")
+@click.option("--debug", is_flag=True, help="Show where in the code an error came from.")
+@click.version_option(__version__, prog_name="workbench")
+@click.pass_context
+def cli(context: click.Context, home: Path | None, debug: bool) -> None:
+    """A labeling-and-retraining workbench: raw frames in, a better detector out, over and over.
+
+    \b
+      upload -> annotate -> review -> evaluate -> version -> retrain -> promote -> deploy
+         ^                                                                        |
+         +------------------- the deployed model annotates the next upload -------+
+
+    Start with `workbench demo`, or with `workbench up` and a browser. Reviewing happens in the browser; every other step
+    has a command here too.
+    """
+    context.obj = Config.read(home)
+
+
+def main() -> None:
+    """Every failure is one sentence on stderr; exit code 2 for wrong input, 1 for any other failure."""
+    is_debug = "--debug" in sys.argv
+    try:
+        code = cli(standalone_mode=False)
+    except click.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except WorkbenchError as error:
+        if is_debug:
+            raise
+        click.echo(str(error), err=True)
+        code = 2 if isinstance(error, Invalid) else 1
+    except Exception as error:
+        if is_debug:
+            raise
+        click.echo(f"Unforeseen {type(error).__name__}: {error}. Run it again with `workbench --debug ...` and report "
+                   "what it prints.", err=True)
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open(config: Config) -> Workbench:
+    from workbench.wiring import Workbench
+    return Workbench(config)
+
+
+@cli.command()
+@click.option("--part", "parts", multiple=True, help="Only these parts (mongod, ui, worker, service, mlflow, fiftyone).")
+@click.pass_obj
+def up(config: Config, parts: tuple[str, ...]) -> None:
+    """Start and supervise everything on this machine until Ctrl-C."""
+    from workbench import supervise
+    supervise.up(config, parts or None, click.echo)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.pass_obj
+def doctor(config: Config, as_json: bool) -> int:
+    """Check each part; say what is wrong and what to do. Exit code 1 when something needed is broken."""
+    from workbench import doctor as checks
+    found = checks.examine(config)
+    if as_json:
+        click.echo(json.dumps({"ok": checks.is_fit(found), "checks": [check.to_json() for check in found]}))
+    for check in () if as_json else found:
+        click.echo(f"{check.mark:5} {check.name:12} {check.says}")
+    return 0 if checks.is_fit(found) else 1
+
+
+@cli.command()
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="A labelled COCO, YOLO or VOC folder instead of "
+              "the quick-start data set.")
+@click.option("--serve/--no-serve", default=True, help="Serve the workbench afterwards.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as one JSON line, last.")
+@click.pass_obj
+def demo(config: Config, data: Path | None, serve: bool, as_json: bool) -> None:
+    """Run the whole loop once, print what each step did, then serve the workbench."""
+    from workbench import demo as loop
+    loop.run(config, data=data, serve=serve, as_json=as_json)
+
+
+def step(command: Any) -> Any:
+    """Options that all steps have."""
+    command = click.option("--detach", is_flag=True, help="Print the job's id and do not wait for it.")(command)
+    command = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON line.")(command)
+    return click.pass_obj(command)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="For frames to which the data set gives none.")
+@step
+def upload(config: Config, dataset: str, source: Path, split: str | None, **how: bool) -> int:
+    """Make SOURCE (a folder, an archive, or a COCO, YOLO or VOC data set) the next version of DATASET."""
+    return _job(config, "upload", {"dataset": dataset, "source": str(source.resolve()), "split": split}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("model", required=False)
+@click.option("--confidence", type=click.FloatRange(0, 1), help="Least confidence of a box, for all labels.")
+@click.option("--again", is_flag=True, help="Also frames that a machine annotated before and nobody reviewed.")
+@click.option("--rename", multiple=True, metavar="MODEL_LABEL=LABEL", help="Map a label where the names differ.")
+@step
+def annotate(config: Config, dataset: str, model: str | None, confidence: float | None, again: bool,
+             rename: tuple[str, ...], **how: bool) -> int:
+    """Let MODEL (else the deployed one) annotate the frames of DATASET that nobody has reviewed."""
+    model = model or _open(config).records.deployed(dataset)
+    if model is None:
+        raise NotFound(f"No model is deployed for {dataset}. Name one: `workbench models list` shows those there are.")
+    return _job(config, "annotate", {
+        "dataset": dataset, "model": model, "statuses": ["new", "annotated"] if again else ["new"],
+        "confidence": confidence, "renames": _pairs("--rename", rename)}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("run")
+@step
+def undo(config: Config, dataset: str, run: str, **how: bool) -> int:
+    """Take back the annotate job RUN on every frame nobody has reviewed since."""
+    return _job(config, "undo", {"dataset": dataset, "run_id": run}, **how)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("version")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@step
+def evaluate(config: Config, model: str, version: str, split: str, **how: bool) -> int:
+    """Score MODEL (student@3) on a split of VERSION (cells@1.0.0), now."""
+    return _job(config, "evaluate", {"model": model, "version": version, "split": split}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option("-m", "--message", default="", help="What is new, for those who read the history.")
+@click.option("--bump", type=click.Choice(["major", "minor", "patch"]), help="Part of the number that moves.")
+@step
+def version(config: Config, dataset: str, message: str, bump: str | None, **how: bool) -> int:
+    """Publish the working copy of DATASET as its next version."""
+    return _job(config, "version", {"dataset": dataset, "message": message, "bump": bump}, **how)
+
+
+@cli.command()
+@click.argument("old")
+@click.argument("new")
+@click.pass_obj
+def diff(config: Config, old: str, new: str) -> None:
+    """Say what changed from version OLD (cells@1.0.0) to NEW."""
+    from dataclasses import asdict
+
+    from workbench.dataset import diff as compare
+    store = _open(config).datasets
+    changes = asdict(compare(store.manifest(old), store.manifest(new)))
+    for name, found in changes.items():
+        shown = ", ".join(one if isinstance(one, str) else f"{one[0]} {one[1][:8]}" for one in found[:LISTED])
+        click.echo(f"{name.replace('_', ' '):18} {len(found):6}  {shown}{' ...' if len(found) > LISTED else ''}")
+
+
+@cli.command()
+@click.argument("version")
+@click.option("--recipe", help="A folder of models/; the detector that comes with the workbench otherwise.")
+@click.option("--param", multiple=True, metavar="NAME=VALUE", help="A parameter of the recipe.")
+@click.option("--base-model", help="Model of the same recipe to start from.")
+@step
+def retrain(config: Config, version: str, recipe: str | None, param: tuple[str, ...], base_model: str | None,
+            **how: bool) -> int:
+    """Train a recipe on VERSION (cells@1.0.0) and register the model."""
+    params = {name: _number(value) for name, value in _pairs("--param", param).items()}
+    return _job(config, "retrain", {"dataset": version.partition("@")[0], "version": version, "recipe": recipe,
+                                    "params": params, "base_model": base_model}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("candidate")
+@click.argument("version")
+@click.option("--margin", type=click.FloatRange(0, 1), help="By how much the candidate has to be better.")
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
+@step
+def promote(config: Config, dataset: str, candidate: str, version: str, margin: float | None, split: str,
+            **how: bool) -> int:
+    """Score CANDIDATE and the champion of DATASET on the same split of VERSION; the better one leads."""
+    return _job(config, "promote", {"dataset": dataset, "candidate": candidate, "version": version, "margin": margin,
+                                    "split": split}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("model")
+@step
+def deploy(config: Config, dataset: str, model: str, **how: bool) -> int:
+    """Make MODEL the one that annotates the next upload of DATASET."""
+    return _job(config, "deploy", {"dataset": dataset, "model": model}, **how)
+
+
+@cli.group(cls=InOrder)
+def jobs() -> None:
+    """List, show and cancel jobs."""
+
+
+@jobs.command("list")
+@click.option("--limit", default=LISTED, show_default=True)
+@click.option("--kind")
+@click.option("--state", type=click.Choice(["queued", "running", "done", "failed", "cancelled"]))
+@click.pass_obj
+def list_jobs(config: Config, limit: int, kind: str | None, state: str | None) -> None:
+    """The newest jobs."""
+    for job in _open(config).jobs.list(limit, kind, state):
+        click.echo(f"{job.id}  {job.created_at[:19]}  {job.kind:9} {job.state:9} {job.done}/{job.total or '?'}  "
+                   f"{job.person}  {job.error or job.note}")
+
+
+@jobs.command("show")
+@click.argument("job_id")
+@click.pass_obj
+def show_job(config: Config, job_id: str) -> None:
+    """Everything about a job: arguments, result, failed items, log."""
+    from dataclasses import asdict
+    all_jobs = _open(config).jobs
+    click.echo(json.dumps(asdict(all_jobs.get(job_id)), indent=2))
+    for item, reason in all_jobs.failed_items(job_id).items():
+        click.echo(f"failed: {item}: {reason}")
+    for line in all_jobs.log_lines(job_id):
+        click.echo(line)
+
+
+@jobs.command("cancel")
+@click.argument("job_id")
+@click.pass_obj
+def cancel_job(config: Config, job_id: str) -> None:
+    """A queued job never starts, a running one stops at its next check."""
+    status = _open(config).jobs.cancel(job_id)
+    click.echo(f"{status.kind} job {job_id} is {'being cancelled' if status.is_cancelling else status.state}")
+
+
+@cli.command()
+@click.pass_obj
+def datasets(config: Config) -> None:
+    """List data sets and their versions."""
+    store = _open(config).datasets
+    for name in store.names():
+        for one in store.versions(name):
+            click.echo(f"{one.ref:24} {one.created_at[:19]}  {one.frames} frames, {one.labeled} labelled, {one.boxes} boxes  "
+                       f"{one.message.splitlines()[0] if one.message else ''}")
+
+
+@cli.group(cls=InOrder)
+def models() -> None:
+    """List and add detectors."""
+
+
+@models.command("list")
+@click.pass_obj
+def list_models(config: Config) -> None:
+    """The registered detectors."""
+    store = _open(config).models
+    for ref in store.refs():
+        card = store.card(ref)
+        click.echo(f"{ref:28} {card.decoder['name']:8} {card.input.size[0]}x{card.input.size[1]}  {len(card.labels)} labels"
+                   f"  {card.licence}")
+
+
+@models.command("add")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.pass_obj
+def add_model(config: Config, folder: Path) -> None:
+    """Register the detector in FOLDER (card.json and its files), after opening it and running a picture."""
+    from workbench.inference.detector import check_card
+    from workbench.model import ModelCard
+    file = folder / "card.json"
+    try:
+        card = ModelCard.from_json(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        if isinstance(error, WorkbenchError):
+            raise
+        raise Invalid(f"{file} cannot be read ({error}). docs/adopting.md says what stands in it.") from error
+    workbench = _open(config)
+    report = check_card(card, folder, workbench.open_backend)
+    workbench.models.register(card, folder)
+    click.echo(f"{card.ref} is registered; it runs on {report['library']}, {report['device']}, {report['precision']}.")
+
+
+@cli.command(hidden=True)
+@click.pass_obj
+def worker(config: Config) -> None:
+    """Run jobs in this process (`workbench up` starts it)."""
+    import logging
+    import os
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    workbench = _open(config)
+    workbench.jobs.work(workbench.job_kinds())
+    # A step that did not stop in time still has its thread, which would hold this process back.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@cli.command(hidden=True)
+@click.argument("name")
+@click.option("--check", is_flag=True, help="Only ask whether it answers.")
+@click.pass_obj
+def part(config: Config, name: str, check: bool) -> None:
+    """Become one part: what a container runs."""
+    from workbench import supervise
+    if check:
+        supervise.part(name).probe(config)
+    else:
+        supervise.run_part(config, name)
+
+
+def _job(config: Config, kind: str, args: dict[str, Any], detach: bool, as_json: bool) -> int:
+    """Submits a job and follows it; 0 when it is done."""
+    from workbench import kinds
+    args = {name: value for name, value in args.items() if value not in (None, {})}
+    kinds.check(kind, args)
+    workbench = _open(config)
+    if not detach and not workbench.jobs.workers():
+        raise Unavailable("No worker runs, so nothing would happen. Start `workbench up` (in another terminal), then "
+                          "repeat this; or queue the job with --detach.")
+    job_id = workbench.jobs.submit(kind, args, person=config.person)
+    if detach:
+        click.echo(job_id)
+        return 0
+    try:
+        status = _follow(workbench, job_id)
+    except KeyboardInterrupt:
+        click.echo(f"\nThe job goes on: `workbench jobs show {job_id}`, `workbench jobs cancel {job_id}`.", err=True)
+        return 130
+    failed = workbench.jobs.failed_items(job_id)
+    for item, reason in list(failed.items())[:LISTED]:
+        click.echo(f"{item}: {reason}", err=True)
+    if len(failed) > LISTED:
+        click.echo(f"... and {len(failed) - LISTED} more: `workbench jobs show {job_id}`.", err=True)
+    if status.state != "done":
+        click.echo(status.error or f"The job is {status.state}.", err=True)
+        return 1
+    result = status.result or {}
+    if as_json:
+        click.echo(json.dumps(result))
+    for name, value in () if as_json else result.items():
+        if isinstance(value, (str, int, float)) and value != "":
+            click.echo(f"{name:16} {value}")
+    return 0
+
+
+def _follow(workbench: Workbench, job_id: str) -> Any:
+    """Draws progress on a terminal; elsewhere a line when the state changes."""
+    told, is_terminal = "", sys.stderr.isatty()
+    while True:
+        status = workbench.jobs.get(job_id)
+        text = f"{status.kind} {status.state} {status.done}/{status.total or '?'} {status.note}".rstrip()
+        if is_terminal and text != told:
+            click.echo(f"\r\033[K{text}", nl=status.is_over, err=True)
+        elif not is_terminal and status.state != told:
+            click.echo(f"{status.kind} job {job_id} is {status.state}", err=True)
+        told = text if is_terminal else status.state
+        if status.is_over:
+            return status
+        if status.state == "queued" and not workbench.jobs.workers():
+            raise Unavailable(f"The worker is gone; {status.kind} job {job_id} waits for the next one. Start `workbench up`.")
+        time.sleep(POLL_S)
+
+
+def _pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name or not value:
+            raise Invalid(f"{option} {one!r} must read NAME=VALUE.")
+        pairs[name] = value
+    return pairs
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The kinds of jobs: each joins the parts of a workbench to one step; arguments and result are JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from workbench.annotation import Annotation
+from workbench.errors import Invalid
+from workbench.ports import Job
+from workbench.wiring import PROJECT, Workbench
+
+BATCH = 200
+# kind -> (arguments it needs, arguments it may have). "person" may always be given; it is the job's own otherwise.
+ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "upload": (("dataset", "source"), ("split",)),
+    "annotate": (("dataset", "model"), ("statuses", "confidence", "renames", "batch")),
+    "undo": (("dataset", "run_id"), ()),
+    "correct": (("dataset", "truth"), ()),
+    "version": (("dataset",), ("message", "bump", "include")),
+    "evaluate": (("model", "version"), ("split", "dataset")),
+    "retrain": (("version",), ("recipe", "params", "base_model", "dataset")),
+    "promote": (("dataset", "candidate", "version"), ("split", "margin", "primary", "max_class_drop")),
+    "deploy": (("dataset", "model"), ()),
+}
+
+
+def check(kind: str, args: dict[str, Any]) -> None:
+    """Raises Invalid for a kind that does not exist, a missing argument or one the kind does not have."""
+    if kind not in ARGUMENTS:
+        raise Invalid(f"There are no jobs of kind {kind!r}; there are {', '.join(ARGUMENTS)}.")
+    needed, possible = ARGUMENTS[kind]
+    missing = [name for name in needed if not args.get(name)]
+    foreign = sorted(set(args) - {*needed, *possible, "person"})
+    if missing or foreign:
+        raise Invalid(f"A {kind} job needs {', '.join(needed)} and may have {', '.join(possible) or 'nothing else'}; "
+                      + " and ".join([*([f"{', '.join(missing)} is missing"] if missing else []),
+                                      *([f"{', '.join(foreign)} is none of them"] if foreign else [])]) + ".")
+
+
+def all_of(workbench: Workbench) -> dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]]:
+    """kind -> function of (arguments, job) that gives the step's report as JSON."""
+    steps = {"upload": _upload, "annotate": _annotate, "undo": _undo, "correct": _correct, "version": _version,
+             "evaluate": _evaluate, "retrain": _retrain, "promote": _promote, "deploy": _deploy}
+    return {kind: partial(_checked, kind, step, workbench) for kind, step in steps.items()}
+
+
+def _checked(kind: str, step: Callable[..., dict[str, Any]], workbench: Workbench, args: dict[str, Any],
+             job: Job) -> dict[str, Any]:
+    check(kind, args)
+    # A None is what a page sends for a choice that was not made: the step's own default stands.
+    args = {name: value for name, value in args.items() if value is not None}
+    return step(workbench, job, args.pop("person", workbench.config.person), **args)
+
+
+def _upload(workbench: Workbench, job: Job, person: str, dataset: str, source: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.upload import upload
+    return upload(dataset, Path(source), store=workbench.datasets, server=workbench.server, blobs=workbench.blobs,
+                  job=job, person=person, **more).to_json()
+
+
+def _annotate(workbench: Workbench, job: Job, person: str, dataset: str, model: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.annotate import annotate
+    return annotate(dataset, model, run_id=job.id, server=workbench.server, models=workbench.models,
+                    blobs=workbench.blobs, records=workbench.records, open_backend=workbench.open_backend, job=job,
+                    **more).to_json()
+
+
+def _undo(workbench: Workbench, job: Job, person: str, dataset: str, run_id: str) -> dict[str, Any]:
+    from workbench.steps.annotate import undo_run
+    return undo_run(dataset, run_id, server=workbench.server, records=workbench.records, job=job).to_json()
+
+
+def _correct(workbench: Workbench, job: Job, person: str, dataset: str, truth: str) -> dict[str, Any]:
+    from workbench.steps.review import correct_from
+    return correct_from(dataset, _truth(workbench, job, person, dataset, Path(truth)), person=person,
+                        server=workbench.server, records=workbench.records, job=job).to_json()
+
+
+def _version(workbench: Workbench, job: Job, person: str, dataset: str, message: str = "", **more: Any) -> dict[str, Any]:
+    from workbench.steps.version import version
+    made = version(dataset, server=workbench.server, store=workbench.datasets, job=job, person=person,
+                   message=message or f"Labels of {dataset}", **more)
+    return {"version": made.ref, "frames": made.frames, "labeled": made.labeled, "boxes": made.boxes,
+            "digest": made.digest, "changed": bool(made.changed and not made.changed.is_empty)}
+
+
+def _evaluate(workbench: Workbench, job: Job, person: str, model: str, version: str, split: str = "test",
+              dataset: str = "") -> dict[str, Any]:
+    from workbench.steps.evaluate import evaluate
+    found = evaluate(model, version, split, models=workbench.models, store=workbench.datasets, blobs=workbench.blobs,
+                     open_backend=workbench.open_backend, tracker=workbench.tracker, job=job)
+    return {"map_50_95": found.metrics.map_50_95, "map_50": found.metrics.map_50, **found.to_json(with_boxes=False)}
+
+
+def _retrain(workbench: Workbench, job: Job, person: str, version: str, dataset: str = "", **more: Any) -> dict[str, Any]:
+    from workbench.steps.retrain import retrain
+    return retrain(version, store=workbench.datasets, blobs=workbench.blobs, tracker=workbench.tracker,
+                   models=workbench.models, home=workbench.config.home, job=job, project=PROJECT,
+                   open_backend=workbench.open_backend, person=person, **more).to_json()
+
+
+def _promote(workbench: Workbench, job: Job, person: str, dataset: str, candidate: str, version: str,
+             **more: Any) -> dict[str, Any]:
+    from workbench.steps.promote import promote
+    return promote(dataset, candidate, version, models=workbench.models, store=workbench.datasets,
+                   blobs=workbench.blobs, tracker=workbench.tracker, records=workbench.records,
+                   open_backend=workbench.open_backend, job=job, person=person, **more).to_json()
+
+
+def _deploy(workbench: Workbench, job: Job, person: str, dataset: str, model: str) -> dict[str, Any]:
+    from workbench.steps.deploy import deploy
+    return deploy(dataset, model, models=workbench.models, records=workbench.records, tracker=workbench.tracker,
+                  person=person).to_json()
+
+
+def _truth(workbench: Workbench, job: Job, person: str, dataset: str, folder: Path) -> dict[str, tuple[Annotation, ...]]:
+    """Frame name -> annotations of a labelled COCO, YOLO or VOC data set; frames are found by their pixels, for what a
+    frame is called depends on the folder it was uploaded from."""
+    from workbench.blobs import digests
+    from workbench.formats.images import read_file
+    from workbench.formats.labels import place
+    from workbench.formats.limits import Limits
+    from workbench.formats.source import open_source
+    by_blob: dict[str, str] = {}
+    names = workbench.server.frame_names(dataset)
+    for start in range(0, len(names), BATCH):
+        job.check()
+        read = workbench.server.read(dataset, names[start:start + BATCH])
+        by_blob |= {working.frame.blob: name for name, working in read.items()}
+    truth: dict[str, tuple[Annotation, ...]] = {}
+    with open_source(folder, check=job.check) as source:
+        for image in source.images:
+            job.check()
+            picture = read_file(source.root / image.path, Limits())
+            name = by_blob.get(digests(picture.data).md5)
+            placed = place(image.labels, image.name, picture.size, picture.file_size, picture.orientation,
+                           f"human:{person}")
+            if name is None:
+                job.fail_item(image.path, f"Data set {dataset} has no frame with these pixels.")
+            elif placed.annotations is not None:
+                truth[name] = placed.annotations
+    if not truth:
+        raise Invalid(f"{folder} has no labelled picture that is a frame of {dataset}.")
+    return truth

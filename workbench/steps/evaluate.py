@@ -1,0 +1,150 @@
+"""Evaluate: a model's score on one split of a published version, measured now by our own inference."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.blobs import Blobs
+from workbench.boxes import Detections
+from workbench.dataset import SPLITS, parse_ref
+from workbench.errors import Invalid, WorkbenchError
+from workbench.evaluation.metrics import DEFAULT_CONFIDENCE, Metrics, score
+from workbench.inference.detector import Detector, OpenBackend
+from workbench.inference.pipeline import detect_frames
+from workbench.ports import DatasetStore, Job, ModelStore, Tracker
+from workbench.taxonomy import Taxonomy
+
+# Average precision needs the unsure boxes too. 0.01 costs less than 0.001 mAP against 0 and keeps a frame's list short.
+LEAST_CONFIDENCE = 0.01
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's score on a split.
+
+    found             frame name -> Detections down to `least_confidence`, class_id indexes metrics.labels
+    unmatched_labels  the model's labels that the data set lacks: their boxes are not scored
+    unreached_labels  the data set's labels that the model never gives: their AP is 0
+    run_id            the tracker's run, "" without a tracker
+    """
+
+    model: str
+    version: str
+    digest: str
+    split: str
+    metrics: Metrics
+    found: dict[str, Detections]
+    seconds: float
+    backend: dict[str, str]
+    least_confidence: float = LEAST_CONFIDENCE
+    unmatched_labels: tuple[str, ...] = ()
+    unreached_labels: tuple[str, ...] = ()
+    run_id: str = ""
+
+    def to_json(self, with_boxes: bool = True) -> dict[str, Any]:
+        """Plain JSON; the boxes to draw ("found") are those at or above the operating threshold: [x1, y1, x2, y2, label,
+        confidence] per frame."""
+        record = {name: getattr(self, name) for name in ("model", "version", "digest", "split", "seconds", "backend",
+                                                         "least_confidence", "run_id")}
+        record |= {"metrics": self.metrics.to_json(), "unmatched_labels": list(self.unmatched_labels),
+                   "unreached_labels": list(self.unreached_labels)}
+        if with_boxes:
+            record["found"] = {name: [
+                [*(round(float(value), 2) for value in xyxy), self.metrics.labels[class_id], round(float(confidence), 4)]
+                for xyxy, class_id, confidence in zip(boxes.xyxy, boxes.class_id, boxes.confidence)
+                if confidence >= self.metrics.confidence] for name, boxes in self.found.items()}
+        return record
+
+
+def evaluate(model: str, version: str, split: str, *, models: ModelStore, store: DatasetStore, blobs: Blobs,
+             open_backend: OpenBackend, tracker: Tracker | None, job: Job) -> Evaluation:
+    """Runs a model over the labelled frames of a split and scores it.
+
+    model, version  references, student@3 and cells@1.0.0
+    split           train, val or test
+    tracker         keeps the result as a run of the experiment <data set>/evaluations; the same job again finds its run.
+                    None: nothing is kept
+
+    Frames nobody looked at take no part. Raises Invalid when the split has no labelled box, a frame cannot be read (a
+    score on fewer frames would be another score), or the model shares no label with the data set.
+    """
+    if split not in SPLITS:
+        raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
+    started = time.monotonic()
+    card, folder = models.card(model), models.folder(model)
+    record, manifest = store.version(version), store.manifest(version)
+    frames = manifest.split(split)
+    if not any(one.annotations for one in frames):
+        raise Invalid(f"{version} has no labelled box in its {split} split. Review frames of that split and publish a new version.")
+    labels = card.labels.map_to(manifest.taxonomy)
+    if not labels.pairs:
+        raise Invalid(f"{model} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
+                      f"{', '.join(manifest.taxonomy.labels[:10])}. Choose a model that was trained for this data.")
+    translate = class_ids(card.labels, labels, manifest.taxonomy)
+    found: dict[str, Detections] = {}
+    with Detector(card, folder, open_backend, confidence=LEAST_CONFIDENCE, confidence_by_label={}) as detector:
+        backend = vars(detector.report)
+        stream = detect_frames(detector, ((one.frame.name, one.frame) for one in frames), lambda frame: blobs.get(frame.blob))
+        for name, detections in stream:
+            job.check()
+            if isinstance(detections, WorkbenchError):
+                job.fail_item(name, str(detections))
+                raise Invalid(f"{version} cannot be evaluated: {detections}") from detections
+            found[name] = translated(detections, translate)
+            job.progress(len(found), len(frames), f"{model} on {version}/{split}")
+    metrics = score({one.frame.name: one.annotations for one in frames}, found, manifest.taxonomy,
+                    confidence=card.decoder.get("confidence", DEFAULT_CONFIDENCE))
+    evaluation = Evaluation(model, version, record.digest, split, metrics, found, round(time.monotonic() - started, 3), backend,
+                            unmatched_labels=labels.unmatched, unreached_labels=labels.unreached)
+    if tracker is None:
+        return evaluation
+    return _tracked(evaluation, tracker, job)
+
+
+def class_ids(ours: Taxonomy, labels: Callable[[str], str | None], theirs: Taxonomy) -> np.ndarray:
+    """(len(ours),) class id in `theirs` of each of our labels, -1 where a label has no target."""
+    targets = [labels(label) for label in ours.labels]
+    return np.array([-1 if target is None else theirs.class_id(target) for target in targets])
+
+
+def translated(detections: Detections, translate: np.ndarray) -> Detections:
+    """Detections with the class ids of another taxonomy; those without a target are left out."""
+    ids = translate[detections.class_id]
+    kept = ids >= 0
+    return Detections(detections.xyxy[kept], ids[kept], detections.confidence[kept])
+
+
+def _tracked(evaluation: Evaluation, tracker: Tracker, job: Job) -> Evaluation:
+    dataset, _ = parse_ref(evaluation.version)
+    metrics = evaluation.metrics
+    tags = {"model": evaluation.model, "version": evaluation.version, "digest": evaluation.digest, "split": evaluation.split}
+    # One job may evaluate several models (a promotion does), so the model is part of the run's identity.
+    run_id = tracker.start_run(f"{dataset}/evaluations", f"{evaluation.model} on {evaluation.version}/{evaluation.split}",
+                               {**tags, "job": f"{job.id}:{evaluation.model}:{evaluation.version}/{evaluation.split}"})
+    kept = Evaluation(**{**vars(evaluation), "run_id": run_id})
+    values = {name: value for name, value in metrics.coco.items() if value is not None}
+    values |= {f"ap/{_metric_name(label)}": row["ap"] for label, row in metrics.per_class.items()}
+    values |= {"best_f1": metrics.best_f1, "best_confidence": metrics.best_confidence, "seconds": evaluation.seconds}
+    tracker.log(run_id, params={**tags, "frames": metrics.frames, "truth": metrics.truth, **evaluation.backend,
+                                "confidence": metrics.confidence, "least_confidence": evaluation.least_confidence},
+                metrics=values)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "evaluation.json"
+        file.write_text(json.dumps(kept.to_json(), ensure_ascii=False, allow_nan=False))
+        tracker.log_files(run_id, file, "evaluation")
+    tracker.finish_run(run_id, "FINISHED")
+    return kept
+
+
+def _metric_name(label: str) -> str:
+    """MLflow takes letters, digits, _ - . blanks and / in the name of a metric."""
+    return re.sub(r"[^\w\-. ]", "_", label, flags=re.ASCII)

@@ -1,0 +1,337 @@
+"""Retrain: a published version and a recipe at an exact commit become a tracked run and a registered model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from workbench.blobs import Blobs
+from workbench.dataset import DatasetVersion, Manifest, parse_ref
+from workbench.errors import Cancelled, Conflict, Invalid, Unavailable
+from workbench.formats.checkout import write_checkout
+from workbench.inference.detector import OpenBackend, check_card
+from workbench.inference.graph import file_record
+from workbench.model import MODEL_NAME, InputSpec, ModelCard
+from workbench.ports import DatasetStore, Job, ModelStore, Tracker
+from workbench.recipe import Recipe, check_out, discard, read_recipe
+from workbench.steps.evaluate import evaluate
+from workbench.steps.training import Training
+
+RECIPE = "efficientnet_lite0_fcos"
+# What a recipe leaves in its output folder; weights.pt (to continue from), history.jsonl and plots/ are welcome extras.
+MODEL_FILES = ("model.onnx", "weights.pt")
+# Fewer true boxes say too little about one label: then the threshold of all labels together holds for it.
+MIN_TRUTH = 20
+# `mlflow run` without its command line, whose import takes another 3 s.
+MLFLOW_RUN = """
+import json, sys
+from mlflow.exceptions import MlflowException
+from mlflow.projects import run
+try:
+    run(".", env_manager="local", **json.loads(sys.argv[1]))
+except MlflowException as error:
+    sys.exit(str(error))
+"""
+RESULTS = ("model.onnx", "card.json", "metrics.json")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave. model: its reference in the model store; seconds: of the training process, all attempts."""
+
+    run_id: str
+    model: str
+    commit: str
+    version: str
+    recipe: str
+    seconds: float
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def model_name(dataset: str) -> str:
+    """The name under which a data set's own detectors are registered. Raises Invalid when it would be too long."""
+    name = f"{dataset}-detector"
+    if not MODEL_NAME.fullmatch(name):
+        raise Invalid(f"Data set name {dataset!r} is too long for its models to be named {name!r}: at most 54 letters.")
+    return name
+
+
+def retrain(
+    version_ref: str, *, recipe: str = RECIPE, params: dict[str, Any] | None = None, base_model: str | None = None,
+    store: DatasetStore, blobs: Blobs, tracker: Tracker, models: ModelStore, home: Path, job: Job, project: Path,
+    open_backend: OpenBackend, person: str,
+) -> Trained:
+    """Trains the recipe, as committed in `project`, on a version; registers the model as `<dataset>-detector@n`.
+
+    The job's id names the training: calling again with the same job goes on where it stopped (the same folder below
+    `<home>/trainings`, the same commit, the same run), waits for a training process that outlived its worker instead
+    of starting a second one, and returns what there is once it is done.
+
+    params      values for the recipe's own parameters
+    base_model  reference of an earlier model of the same recipe to start from, or None
+    project     git checkout that holds models/<recipe>/MLproject; its HEAD commit is what runs
+
+    Raises Invalid when recipe, parameters or data cannot be trained with, and when the training fails, with the end of
+    its log; Cancelled; Unavailable while the tracker does not answer (repeat the job: nothing is lost).
+    """
+    name = model_name(parse_ref(version_ref)[0])
+    training = Training(home / "trainings" / _folder_name(job.id))
+    with training.held():
+        asked = {"version": version_ref, "recipe": recipe, "params": params or {}, "base_model": base_model}
+        before = training.read("request.json")
+        if before is not None and before["asked"] != asked:
+            raise Conflict(f"Job {job.id} is already a training of {before['asked']}; start another job for another one.")
+        done = training.read("trained.json")
+        if done is not None:
+            return Trained(**done)
+        # A repeat runs what the first attempt ran, also when the project has moved on since.
+        chosen = read_recipe(project, recipe, before["commit"] if before else None)
+        version, manifest = store.version(version_ref), store.manifest(version_ref)
+        if not any(one.annotations for one in manifest.split("train")):
+            raise Invalid(f"{version_ref} has no box in its train split. Accept labelled frames, publish a version, retrain on that.")
+        arguments = _arguments(chosen, training, params or {}, name, base_model, models)
+        if before is None:
+            training.write("request.json", {"asked": asked, "commit": chosen.commit, "started_at": time.time()})
+        run_id = tracker.start_run(version.dataset, f"{recipe} on {version_ref}", {
+            "job": job.id, "kind": "training", "dataset": version_ref, "dataset_digest": version.digest, "recipe": recipe,
+            "commit": chosen.commit, "person": person, "base_model": base_model or ""})
+        try:
+            if training.exit_code() is None:
+                if training.processes():
+                    job.log("The training process of an earlier worker is still at work; it goes on.")
+                else:
+                    _start(training, chosen, arguments, project, home / "recipes", manifest, version, blobs, tracker, run_id, job)
+                training.follow(job)
+            metrics = _results(training)
+            _log_epochs(training, tracker, run_id)
+            card = training.read("card.json")
+            if card is None:
+                card = _publish(training, name, run_id, manifest, version, metrics, base_model, store, blobs, tracker,
+                                open_backend, job)
+            card = models.register(ModelCard.from_json(card), training.folder / "model")
+            tracker.set_alias(name, "challenger", card.version)
+        except Cancelled:
+            tracker.finish_run(run_id, "KILLED")
+            raise
+        except Invalid:
+            _fail(training, tracker, run_id)
+            raise
+        tracker.finish_run(run_id, "FINISHED")
+        seconds = training.ended_at() - training.read("request.json")["started_at"]
+        trained = Trained(run_id, card.ref, chosen.commit, version_ref, recipe, round(seconds, 1), card.metrics)
+        training.write("trained.json", trained.to_json())
+        # The model, the run and the log stay; what can be made again goes.
+        discard(project, home / "recipes", training.folder / "code")
+        shutil.rmtree(training.folder / "data", ignore_errors=True)
+        epochs = len(training.history())
+        job.progress(epochs, epochs, trained.model)
+        return trained
+
+
+def _folder_name(job_id: str) -> str:
+    """A folder name for a job; an id that is no plain word is told apart by its digest."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", job_id):
+        return job_id
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", job_id)[:48] + "-" + hashlib.sha256(job_id.encode()).hexdigest()[:12]
+
+
+def _arguments(recipe: Recipe, training: Training, params: dict[str, Any], name: str, base_model: str | None,
+               models: ModelStore) -> dict[str, str]:
+    ours = {"data": str(training.folder / "data"), "output": str(training.output)}
+    if "name" in recipe.parameters:
+        ours["name"] = name
+    if base_model is not None:
+        weights = models.folder(base_model) / "weights.pt"
+        if not weights.exists():
+            raise Invalid(f"Model {base_model} carries no weights.pt to start from; choose one that was trained by "
+                          f"{recipe.name}, or none.")
+        ours["base_weights"] = str(weights)
+    elif "base_weights" in params:
+        raise Invalid("base_weights names a file of this machine; give base_model, a model of the store, instead.")
+    return recipe.arguments(params, ours)
+
+
+def _start(training: Training, recipe: Recipe, arguments: dict[str, str], project: Path, mirrors: Path, manifest: Manifest,
+           version: DatasetVersion, blobs: Blobs, tracker: Tracker, run_id: str, job: Job) -> None:
+    """Lays out data and code and starts `mlflow run` on them."""
+    if recipe.uncommitted:
+        job.log(f"Uncommitted changes are left out, commit {recipe.commit[:12]} runs: {', '.join(recipe.uncommitted)}.")
+    data, half = training.folder / "data", training.folder / "data.half"
+    if not data.exists():
+        shutil.rmtree(half, ignore_errors=True)
+        write_checkout(manifest, blobs, half, version.ref)
+        half.rename(data)
+    check_out(project, recipe.commit, mirrors, training.folder / "code")
+    tracker.log(run_id, params={key: value for key, value in arguments.items() if not value.startswith("/")})
+    command = [sys.executable, "-c", MLFLOW_RUN, json.dumps(
+        {"run_id": run_id, "experiment_name": version.dataset, "parameters": arguments})]
+    job.log(f"{recipe.name} at {recipe.commit} trains on {version.ref}; its log is {training.log}.")
+    job.progress(0, 0, "starting")
+    training.start(command, {
+        # MLproject's `python` is the one that runs us.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "GIT_COMMIT": recipe.commit,
+        "MLFLOW_TRACKING_URI": tracker.url, "MLFLOW_RUN_ID": run_id, "MLFLOW_EXPERIMENT_NAME": version.dataset,
+        # A server that went away holds a training up for half a minute, not for MLflow's own several.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "true",
+    }, training.folder / "code" / recipe.folder)
+
+
+def _results(training: Training) -> dict[str, Any]:
+    """metrics.json of a training that ended well. Raises Invalid for one that did not, with the end of its log."""
+    code = training.exit_code()
+    if code != 0:
+        how = f"ended with exit code {code}" if code is not None else "was killed from outside (is there enough memory?)"
+        raise Invalid(f"The training {how}. {_end_of_log(training)}")
+    missing = [name for name in RESULTS if not (training.output / name).is_file()]
+    if missing:
+        raise Invalid(f"The training ended without an error but left no {', '.join(missing)} in {training.output}; a recipe "
+                      f"writes {', '.join(RESULTS)} (docs/adopting.md). {_end_of_log(training)}")
+    try:
+        metrics = json.loads((training.output / "metrics.json").read_text())
+    except ValueError as error:
+        raise Invalid(f"{training.output / 'metrics.json'} is not JSON: {error}. {_end_of_log(training)}") from error
+    if not isinstance(metrics, dict):
+        raise Invalid(f"{training.output / 'metrics.json'} is no JSON object. {_end_of_log(training)}")
+    for place, value in _numbers({"metrics.json": metrics, "history.jsonl": training.history()[-1:]}):
+        if not math.isfinite(value):
+            raise Invalid(f"The training's {place} is {value}: it did not learn. Lower the learning rate or look for damaged "
+                          f"frames. {_end_of_log(training)}")
+    return metrics
+
+
+def _end_of_log(training: Training) -> str:
+    return f"The end of {training.log}:\n{training.last_lines()}"
+
+
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a JSON value with the path to it."""
+    if isinstance(value, (int, float)):
+        yield place, value
+    elif isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(inner, f"{place} {key}".strip())
+
+
+def _log_epochs(training: Training, tracker: Tracker, run_id: str) -> None:
+    """Gives the run the epochs that the recipe did not log itself."""
+    known: dict[str, set[int]] = {}
+    for row in training.history():
+        numbers = {key: float(value) for key, value in row.items()
+                   if key not in ("epoch", "epochs") and isinstance(value, (int, float)) and math.isfinite(value)}
+        for key in numbers.keys() - known.keys():
+            known[key] = {step for step, _ in tracker.history(run_id, key)}
+        missing = {key: value for key, value in numbers.items() if int(row["epoch"]) not in known[key]}
+        if missing:
+            tracker.log(run_id, metrics=missing, step=int(row["epoch"]))
+
+
+def _fail(training: Training, tracker: Tracker, run_id: str) -> None:
+    try:
+        tracker.finish_run(run_id, "FAILED")
+    except Unavailable:
+        # `mlflow run` itself fails without its server: the next attempt goes on from the checkpoint.
+        training.forget_end()
+        raise
+
+
+def _publish(training: Training, name: str, run_id: str, manifest: Manifest, version: DatasetVersion, metrics: dict[str, Any],
+             base_model: str | None, store: DatasetStore, blobs: Blobs, tracker: Tracker, open_backend: OpenBackend, job: Job) -> dict[str, Any]:
+    """Tries the model out, chooses its confidence on the val split and makes it a version in the tracker's registry.
+
+    Leaves the files in `<training>/model` and the final card in `<training>/card.json`, which it returns.
+    """
+    staged = training.folder / "model"
+    staged.mkdir(exist_ok=True)
+    files = [file for file in MODEL_FILES if (training.output / file).is_file()]
+    for file in files:
+        shutil.copyfile(training.output / file, staged / file)
+    card = _card(training.output / "card.json", name, {file: file_record(staged / file) for file in files})
+    foreign = [label for label in card.labels.labels if label not in manifest.taxonomy]
+    if foreign:
+        raise Invalid(f"The trained model knows {', '.join(foreign)}, {version.ref} does not; its recipe has to take the labels "
+                      "from train.json.")
+    report = check_card(card, staged, open_backend)
+    job.log(f"The model runs on {report['library']}, {report['device']}, {report['precision']}.")
+    chosen, measured = _operating_point(card, staged, manifest, version, metrics, store, blobs, open_backend, job)
+    trained_on = {"ref": version.ref, "digest": version.digest}
+    if base_model is not None:
+        trained_on["base_model"] = base_model
+    card = replace(card, decoder={**card.decoder, **chosen}, metrics=measured, trained_on=trained_on, run_id=run_id)
+    tracker.log_files(run_id, staged, "model")
+    registered = tracker.register(name, run_id, "model", {"dataset": version.ref, "dataset_digest": version.digest,
+                                                          "sha256": card.files[card.onnx]["sha256"]})
+    record = replace(card, version=registered.version).to_json()
+    (staged / "card.json").write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
+    tracker.log_files(run_id, staged / "card.json", "model")
+    training.write("card.json", record)
+    return record
+
+
+def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version: DatasetVersion, metrics: dict[str, Any],
+                     store: DatasetStore, blobs: Blobs, open_backend: OpenBackend, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({"confidence": ...} for the card's decoder, its metrics): the threshold of the best F1 on the val split.
+
+    Without a val split the recipe's own figures stand, and its threshold where it names one.
+    """
+    val = manifest.split("val")
+    if not any(one.annotations for one in val):
+        own = {key: metrics[key] for key in ("map_50_95", "map_50") if isinstance(metrics.get(key), (int, float))}
+        held_out = metrics.get("val") if isinstance(metrics.get("val"), dict) else {}
+        confidence = held_out.get("best_f1_confidence")
+        chosen = {"confidence": round(confidence, 4)} if isinstance(confidence, float) and 0 < confidence < 1 else {}
+        return chosen, {**own, "on": "frames the recipe held out of the train split"}
+    found = evaluate(card.ref, version.ref, "val", models=_Unregistered(card, folder), store=store, blobs=blobs,
+                     open_backend=open_backend, tracker=None, job=job).metrics
+    measured = {"map_50_95": found.map_50_95, "map_50": found.map_50, "best_f1": found.best_f1, "on": f"{version.ref}/val"}
+    if not found.best_f1:
+        return {}, measured
+    by_label = {label: _just_below(row["best_confidence"]) for label, row in found.per_class.items()
+                if row["truth"] >= MIN_TRUTH and row["best_f1"]}
+    return {"confidence": _just_below(found.best_confidence), **({"confidence_by_label": by_label} if by_label else {})}, measured
+
+
+@dataclass(frozen=True)
+class _Unregistered:
+    """As much of a ModelStore as an evaluation asks for, around one model that is in no store yet."""
+
+    only: ModelCard
+    files: Path
+
+    def card(self, ref: str) -> ModelCard:
+        return self.only
+
+    def folder(self, ref: str) -> Path:
+        return self.files
+
+
+def _just_below(confidence: float) -> float:
+    """A threshold that the box of this confidence still exceeds, short enough to read."""
+    return max(0.0, math.floor(confidence * 1e4 - 1e-3) / 1e4)
+
+
+def _card(file: Path, name: str, files: dict[str, dict[str, Any]]) -> ModelCard:
+    """The recipe's card under our name; what it notes beside a card's own fields is left out."""
+    try:
+        record = json.loads(file.read_text())
+        spec = dict(record["input"])
+        spec["padding"] = str(spec.get("padding", "topleft")).removeprefix("letterbox-")
+        spec["pad"] = spec.pop("pad_value", spec.get("pad", 114))
+        known = {field.name for field in fields(InputSpec)} | {"width", "height"}
+        return ModelCard.from_json({**record, "name": name, "version": "new", "files": files,
+                                    "input": {key: value for key, value in spec.items() if key in known}})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Invalid(f"{file} does not describe a model: {error!r}. See docs/adopting.md for its fields.") from error
