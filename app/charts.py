@@ -43,15 +43,16 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> alt.Cha
 
 def ap_bars(per_label: Mapping[str, Mapping[str, float]]) -> alt.Chart:
     """Average precision per label, worst first: the bar is mAP@[.5:.95], the tick AP at IoU 0.5."""
-    rows = pd.DataFrame([{"label": label, "AP@[.5:.95]": values.get("ap", 0.0), "AP50": values.get("ap50", 0.0)}
-                         for label, values in per_label.items()], columns=["label", "AP@[.5:.95]", "AP50"])
-    order = list(rows.sort_values("AP@[.5:.95]")["label"])
+    # Altair takes a colon in a column's name for a type, so the columns have plain names.
+    rows = pd.DataFrame([{"label": label, "ap": values.get("ap", 0.0), "ap50": values.get("ap50", 0.0)}
+                         for label, values in per_label.items()], columns=["label", "ap", "ap50"])
+    order = list(rows.sort_values("ap")["label"])
     base = alt.Chart(rows).encode(y=alt.Y("label:N", sort=order, title=None))
     scale = alt.Scale(domain=[0, 1])
     bars = base.mark_bar(cornerRadiusEnd=2, color="#0f766e").encode(
-        x=alt.X("AP@[.5:.95]:Q", scale=scale, title="average precision"),
-        tooltip=["label", alt.Tooltip("AP@[.5:.95]", format=".3f"), alt.Tooltip("AP50", format=".3f")])
-    ticks = base.mark_tick(thickness=3, color="#d97706").encode(x=alt.X("AP50:Q", scale=scale))
+        x=alt.X("ap:Q", scale=scale, title="average precision"),
+        tooltip=["label", alt.Tooltip("ap:Q", format=".3f", title="AP@[.5:.95]"), alt.Tooltip("ap50:Q", format=".3f", title="AP50")])
+    ticks = base.mark_tick(thickness=3, color="#d97706").encode(x=alt.X("ap50:Q", scale=scale))
     return (bars + ticks).properties(height=max(140, 26 * len(order)))
 
 

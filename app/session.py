@@ -138,16 +138,19 @@ def pick(name: str, label: str, options: Sequence[str], format_func: Any = str) 
     """A select box whose choice survives a change of page (session) and a reload (address)."""
     if not options:
         return None
-    key = f"pick_{name}"
-    remembered = st.query_params.get(name) if key not in st.session_state else None
-    wanted = remembered or st.session_state.get(f"chosen_{name}")
-    if st.session_state.get(key) not in options:
-        st.session_state[key] = wanted if wanted in options else options[0]
-    value = st.selectbox(label, options, format_func=format_func, key=key)
-    st.session_state[f"chosen_{name}"] = value
+    kept, key = f"chosen_{name}", f"pick_{name}"
+    wanted = st.session_state.get(kept) or st.query_params.get(name)
+    st.session_state[kept] = value = wanted if wanted in options else options[0]
+    # Set on every run: a widget of the same key on another page is another widget and would begin with its default.
+    st.session_state[key] = value
+    st.selectbox(label, options, format_func=format_func, key=key, on_change=_keep, args=(name,))
     if st.query_params.get(name) != value:
         st.query_params[name] = value
     return value
+
+
+def _keep(name: str) -> None:
+    st.session_state[f"chosen_{name}"] = st.session_state[f"pick_{name}"]
 
 
 def chosen() -> dict[str, str]:

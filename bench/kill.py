@@ -197,7 +197,9 @@ def _add_detector(workbench: Workbench, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     chance, labels, side, cell = np.random.default_rng(0), quickstart.LABELS, 64, 16
     cells = (side // cell) ** 2
-    constants = {"mix": chance.normal(0, 0.02, (len(labels), 3, 1, 1)).astype(np.float32),
+    mix = chance.normal(0, 0.05, (len(labels), 3, 1, 1))
+    # Colours count, brightness does not: a grey cell scores 0.5 for every label.
+    constants = {"mix": (mix - mix.mean(axis=1, keepdims=True)).astype(np.float32),
                  "flat": np.array([0, len(labels), cells], np.int64), "zero": np.float32(0),
                  "sides": np.full((1, 1, 4), 0.75, np.float32), "sure": np.full((1, 1, 1), 20, np.float32)}
     nodes = [helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
@@ -216,7 +218,7 @@ def _add_detector(workbench: Workbench, folder: Path) -> None:
          for name in ("cls_logits", "bbox_regression", "bbox_ctrness")],
         [numpy_helper.from_array(value, name) for name, value in constants.items()])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(folder / "model.onnx"))
-    card = ModelCard("cells", "1", InputSpec(size=(side, side)), {"name": "fcos", "strides": [cell], "confidence": 0.7, "iou": 0.5},
+    card = ModelCard("cells", "1", InputSpec(size=(side, side)), {"name": "fcos", "strides": [cell], "confidence": 0.75, "iou": 0.5},
                      Taxonomy(labels), {"model.onnx": file_record(folder / "model.onnx")}, licence="Apache-2.0")
     workbench.models.register(card, folder)
 

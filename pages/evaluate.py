@@ -21,6 +21,7 @@ from workbench.steps.deploy import offers
 from workbench.taxonomy import Taxonomy
 
 WORST = 6
+ROWS = 6  # more of them scroll
 
 
 def start(dataset: str) -> None:
@@ -63,7 +64,7 @@ def choose_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
              "mAP@[.5:.95]": run["metrics"].get("map_50_95"), "mAP50": run["metrics"].get("map_50"),
              "frames": run["params"].get("frames", ""), "boxes": run["params"].get("truth", "")} for run in runs]
     event = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="single-row", key="evaluations_table",
-                         height=min(38 + 35 * len(rows), 250), column_config={
+                         height="auto" if len(rows) <= ROWS else 250, column_config={
                              name: st.column_config.NumberColumn(format="%.3f") for name in ("mAP@[.5:.95]", "mAP50")})
     chosen = event["selection"]["rows"]
     return runs[chosen[0]] if chosen and chosen[0] < len(runs) else runs[0]

@@ -48,20 +48,21 @@ def aliases_of(found: dict[str, ModelCard]) -> dict[str, tuple[str, ...]]:
     return said
 
 
-def table(found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> str:
-    """The models; returns the reference of the one to show below."""
-    order = sorted(found, key=lambda ref: ("deployed" not in marks(ref, dataset, aliases),
-                                           "champion" not in marks(ref, dataset, aliases), found[ref].name, _descending(ref)))
-    rows = [{"model": ref, "is": marks(ref, dataset, aliases), "mAP@[.5:.95]": found[ref].metrics.get("map_50_95"),
-             "mAP50": found[ref].metrics.get("map_50"), "measured on": str(found[ref].metrics.get("on", "")),
-             "trained on": found[ref].trained_on.get("ref", ""), "labels": len(found[ref].labels),
-             "MB": sum(file.get("size_bytes", 0) for file in found[ref].files.values()) / 1e6,
-             "licence": found[ref].licence} for ref in order]
-    event = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="single-row", key="models_table", placeholder="–", column_config={
-        "is": st.column_config.ListColumn(), "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
-        "mAP50": st.column_config.NumberColumn(format="%.3f"), "MB": st.column_config.NumberColumn(format="%.1f")})
-    chosen = event["selection"]["rows"]
-    return order[chosen[0]] if chosen and chosen[0] < len(order) else order[0]
+def best_first(found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> list[str]:
+    """References: the deployed one, the champion, then by name, newest first."""
+    said = {ref: marks(ref, dataset, aliases) for ref in found}
+    return sorted(found, key=lambda ref: ("deployed" not in said[ref], "champion" not in said[ref], found[ref].name, _descending(ref)))
+
+
+def table(order: list[str], found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> None:
+    st.dataframe([{
+        "model": ref, "is": marks(ref, dataset, aliases), "mAP@[.5:.95]": found[ref].metrics.get("map_50_95"),
+        "mAP50": found[ref].metrics.get("map_50"), "measured on": str(found[ref].metrics.get("on", "")),
+        "trained on": found[ref].trained_on.get("ref", ""), "labels": len(found[ref].labels),
+        "MB": sum(file.get("size_bytes", 0) for file in found[ref].files.values()) / 1e6,
+        "licence": found[ref].licence} for ref in order], hide_index=True, placeholder="–", column_config={
+            "is": st.column_config.ListColumn(), "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
+            "mAP50": st.column_config.NumberColumn(format="%.3f"), "MB": st.column_config.NumberColumn(format="%.1f")})
 
 
 def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> None:
@@ -69,7 +70,7 @@ def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, .
     with st.container(border=True):
         head, action = st.columns([3, 2], vertical_alignment="center")
         with head, st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f"#### {session.literal(card.ref)}", width="content")
+            st.markdown(f"**{session.literal(card.ref)}**", width="content")
             for mark in marks(card.ref, dataset, aliases):
                 st.badge(mark, color={"deployed": "green", "champion": "orange"}.get(mark, "gray"))
         with action, st.container(horizontal=True, horizontal_alignment="right"):
@@ -172,9 +173,9 @@ with session.explained():
     with session.explained():
         known = aliases_of(found)
     if found:
-        chosen = table(found, dataset, known)
-        st.caption("Click a row to see the whole card.")
-        detail(found[chosen], dataset, known)
+        order = best_first(found, dataset, known)
+        table(order, found, dataset, known)
+        detail(found[session.model_picker(order, "Card of")], dataset, known)
         job = session.watched("deploy", dataset)
         if job and job.state != "done":
             session.job_panel(job.id)

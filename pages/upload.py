@@ -57,7 +57,7 @@ def form(names: list[str]) -> None:
         else:
             st.text_input("Path on the server", key="upload_path", placeholder="/data/frames", icon=":material/folder:",
                           help="A folder or a zip that this machine can read; nothing is copied over the network.")
-    if st.button("Upload", type="primary", icon=":material/upload:", key="upload_go"):
+    if st.button("Start the upload", type="primary", icon=":material/upload:", key="upload_go"):
         try:
             name = check_dataset_name(name or "")
             source = source_of(choice)
@@ -91,7 +91,7 @@ def outcome(job: JobStatus) -> None:
                         if refused else ":material/info: **Every picture was taken.** Some need a word:")
             st.download_button("Download as CSV", as_csv(told), f"{session.dataset_of(job)}-files.csv", "text/csv",
                                icon=":material/download:", on_click="ignore")
-        st.dataframe(told, hide_index=True, height=min(38 + 35 * len(told), 250),
+        st.dataframe(told, hide_index=True, height="auto" if len(told) <= THUMBNAILS else 250,
                      column_config={"reason": st.column_config.TextColumn(width="large")})
     if version:
         thumbnails(version)

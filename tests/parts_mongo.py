@@ -23,7 +23,7 @@ def mongod(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [str(_mongod_binary()), "--dbpath", str(folder), "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket",
                "--wiredTigerCacheSizeGB", "0.25"]
-    with _running(command, folder / "mongod.log", lambda: _listens(port)):
+    with _started(command, folder / "mongod.log", lambda: _listens(port)):
         yield f"mongodb://127.0.0.1:{port}"
 
 
@@ -35,8 +35,15 @@ def fiftyone_app(mongo_url: str, folder: Path) -> Iterator[str]:
     environment = {**os.environ, "FIFTYONE_DATABASE_URI": mongo_url, "FIFTYONE_DO_NOT_TRACK": "true",
                    "FIFTYONE_DATABASE_VALIDATION": "false"}
     command = [sys.executable, "-m", "fiftyone.server.main", "--port", str(port), "--address", "127.0.0.1"]
-    with _running(command, folder / "fiftyone.log", lambda: _answers(f"http://127.0.0.1:{port}/fiftyone"), environment):
+    with running(command, folder / "fiftyone.log", f"http://127.0.0.1:{port}/fiftyone", environment):
         yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def running(command: list[str], log: Path, url: str, environment: dict[str, str] | None = None) -> Iterator[None]:
+    """Runs a server until the block ends; the block starts when `url` answers."""
+    with _started(command, log, lambda: _answers(url), environment):
+        yield
 
 
 def free_port() -> int:
@@ -52,7 +59,7 @@ def _mongod_binary() -> Path:
 
 
 @contextmanager
-def _running(command: list[str], log: Path, is_up: Callable[[], bool], environment: dict[str, str] | None = None) -> Iterator[None]:
+def _started(command: list[str], log: Path, is_up: Callable[[], bool], environment: dict[str, str] | None = None) -> Iterator[None]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:

@@ -12,15 +12,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench.config import Config
-from workbench.dataset import Manifest, check_dataset_name
+from workbench.dataset import assign_splits, check_dataset_name
 from workbench.errors import Invalid, WorkbenchError
-from workbench.formats.checkout import link_blob
-from workbench.ports import Quiet
 from workbench.supervise import Supervisor
 from workbench.wiring import Workbench
 
@@ -61,7 +59,7 @@ def run(config: Config, data: Path | None = None, serve: bool = True, as_json: b
     say(f"The loop on {'real handwritten digits on real photographs' if data is None else data}, in {config.home}")
     with Supervisor(config, on_line=lambda line: None, **parts) as supervisor:
         supervisor.wait_ready(("mongod", "mlflow", "worker"))
-        staged = _stage(config.home / "demo" / dataset, config, dataset, data, start_frames, seed)
+        staged = _stage(config.home / "demo" / dataset, data, start_frames, seed)
         table = loop.turn(staged, budgets)
         table["seconds"] = round(time.monotonic() - began, 1)
         _print_table(table, say)
@@ -192,38 +190,27 @@ def _name_of(data: Path) -> str:
     return name[:63] or "frames"
 
 
-def _stage(folder: Path, config: Config, dataset: str, data: Path | None, start_frames: int, seed: int) -> Staged:
+def _stage(folder: Path, data: Path | None, start_frames: int, seed: int) -> Staged:
     """Splits a labelled data set into what is labelled at the start, what comes unlabelled, and the latter's truth."""
     from workbench import quickstart
-    from workbench.formats import coco
-    from workbench.steps.upload import upload
+    from workbench.formats import read_labeled_folder, write_coco_folder
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if data is None:
         data = folder / "quickstart"
         quickstart.generate(data, seed=seed)
-    # The whole data set goes through the upload step once, into a repository that is thrown away: what the step refuses
-    # is refused here too, and frames have the names they will have.
-    whole = Workbench(replace(config, home=folder / "whole", blobs_url=config.blobs))
-    report = upload(dataset, Path(data), store=whole.datasets, server=None, blobs=whole.blobs, job=Quiet(), person="truth")
-    manifest = whole.datasets.manifest(report.version)
-    order = sorted(manifest.labeled, key=lambda one: hashlib.sha256(f"{seed} {one.frame.blob}".encode()).digest())
-    test = [one for one in order if one.split == "test"]
-    pool = [one for one in order if one.split != "test"]
+    taxonomy, frames = read_labeled_folder(Path(data))
+    frames = assign_splits(one for one in frames if one.annotations is not None)
+    order = sorted(frames, key=lambda one: hashlib.sha256(f"{seed} {one.frame.blob}".encode()).digest())
+    test, pool = [one for one in order if one.split == "test"], [one for one in order if one.split != "test"]
     if not test or len(pool) <= start_frames:
         raise Invalid(f"{data} has {len(test)} labelled test pictures and {len(pool)} others; the demo needs a test list and "
                       f"more than {start_frames} others. Give it a larger labelled COCO, YOLO or VOC folder.")
     start, rest = pool[:start_frames], pool[start_frames:]
     val = int(start_frames * VAL_SHARE)
-    start = [replace(one, split="val") for one in start[:val]] + [replace(one, split="train") for one in start[val:]] + test
-    rest = [replace(one, split="train") for one in rest]
-    staged = Staged(folder / "start", folder / "rest", folder / "truth", len(start), len(rest))
-    coco.write(Manifest(manifest.taxonomy, tuple(start)), whole.blobs, staged.start)
-    coco.write(Manifest(manifest.taxonomy, tuple(rest)), whole.blobs, staged.truth)
-    for one in rest:
-        path = staged.rest / one.frame.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        link_blob(whole.blobs, one.frame.blob, path)
-    shutil.rmtree(folder / "whole")
+    staged = Staged(folder / "start", folder / "rest", folder / "truth", len(start) + len(test), len(rest))
+    write_coco_folder(staged.start, taxonomy, {"val": start[:val], "train": start[val:], "test": test}, Path(data))
+    write_coco_folder(staged.truth, taxonomy, {"train": rest}, Path(data))
+    shutil.copytree(staged.truth / "images" / "train", staged.rest)
     return staged

@@ -222,7 +222,7 @@ class Jobs:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: stop.set())
         self._prepare_queue()
-        _WorkerProcess(self._engine, self._queue_url, kinds, concurrency, stop, self._enqueue).run()
+        _WorkerProcess(self._engine, self._queue_url, kinds, concurrency, stop, self._client, self._enqueue).run()
 
     def _read(self, condition: Any, limit: int) -> list[JobStatus]:
         failed = sa.select(sa.func.count()).where(items.c.job == jobs.c.id).scalar_subquery()
@@ -304,10 +304,11 @@ class _WorkerProcess:
     """One process's part in the queue: a DBOS executor, a pulse, and the search for jobs of dead workers."""
 
     def __init__(self, engine: sa.Engine, queue_url: str, kinds: Kinds, concurrency: int, stop: threading.Event,
-                 enqueue: Callable[[str, str], None]) -> None:
+                 client: Any, enqueue: Callable[[str, str], None]) -> None:
         self.engine, self.stop = engine, stop
         self.id = uuid.uuid4().hex
-        self._queue_url, self._kinds, self._concurrency, self._enqueue = queue_url, kinds, concurrency, enqueue
+        self._queue_url, self._kinds, self._concurrency = queue_url, kinds, concurrency
+        self._client, self._enqueue = client, enqueue
         self._running: dict[str, _RunningJob] = {}
         self._beats: dict[str, tuple[float, float]] = {}
 
@@ -324,12 +325,14 @@ class _WorkerProcess:
             connection.execute(workers.insert(), {
                 "id": self.id, "machine": _machine(), "pid": os.getpid(), "beat": time.time(),
                 "pid_started": psutil.Process().create_time()})
+        # Before this worker takes anything: a job that was interrupted goes on before those that were queued after it.
+        self._adopt()
         DBOS.launch()
         for lane in LANES:
             DBOS.register_queue(lane, worker_concurrency=self._concurrency, polling_interval_sec=PULSE_S,
                                 on_conflict="always_update")
         logger.info("worker %s takes %s jobs", self.id, ", ".join(sorted(self._kinds)))
-        beaten = -BEAT_S
+        beaten = time.monotonic()
         while not self.stop.wait(PULSE_S):
             try:
                 self._pulse()
@@ -439,18 +442,17 @@ class _WorkerProcess:
 
         Under one lock for all workers: two that resumed the same job one after the other would run it twice.
         """
-        from dbos import DBOS
         with _alone(self.engine) as connection:
             dead = [row.id for row in connection.execute(sa.select(workers)) if self._is_dead(row)]
             connection.execute(workers.delete().where(workers.c.id.in_(dead)))
             living = set(connection.execute(sa.select(workers.c.id)).scalars())
-            for workflow in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
+            for workflow in self._client.list_workflows(status="PENDING", load_input=False, load_output=False):
                 if workflow.executor_id not in living:
                     kind = connection.execute(sa.select(jobs.c.kind).where(jobs.c.id == workflow.workflow_id)).scalar()
-                    DBOS.resume_workflow(workflow.workflow_id, queue_name=_lane(kind))
+                    self._client.resume_workflow(workflow.workflow_id, queue_name=_lane(kind))
             # A process may have died between writing our row and handing it to DBOS.
             queued = list(connection.execute(sa.select(jobs.c.id, jobs.c.kind).where(jobs.c.state == "queued")))
-        known = {one.workflow_id for one in DBOS.list_workflows(
+        known = {one.workflow_id for one in self._client.list_workflows(
             workflow_ids=[row.id for row in queued], load_input=False, load_output=False)} if queued else set()
         for row in queued:
             if row.id not in known:

@@ -1,7 +1,7 @@
 """The quick-start data set: real handwritten digits on real photographs, with exact boxes; nothing is downloaded.
 
-The digits are the 1,797 of scikit-learn (UCI Optical Recognition of Handwritten Digits, written by 43 people; CC BY 4.0),
-the photographs those that lie in scikit-image's wheel. No digit and no photograph is in two splits: a score on the test
+The digits are the 1,797 of scikit-learn (UCI Optical Recognition of Handwritten Digits; CC BY 4.0), the photographs
+those that lie in scikit-image's wheel. No digit and no photograph is in two splits: a score on the test
 split is one on handwriting and surroundings that were never seen.
 """
 
@@ -69,7 +69,8 @@ def generate(folder: Path, seed: int = 0, train: int = 220, val: int = 40, test:
     if min(train, val, test, unlabeled) < 0 or unlabeled > train or train + val + test < 1:
         raise Invalid(f"Cannot make {train} + {val} + {test} frames with {unlabeled} of the first unlabelled.")
     if min(plan.size) < 3 * HEIGHT_PX[1]:
-        raise Invalid(f"Frames of {size} are too small for the digits; a side needs at least {3 * HEIGHT_PX[1]} pixels.")
+        raise Invalid(f"Frames of {size} are too small for the digits; a side needs at least {3 * HEIGHT_PX[1]} "
+                      "pixels.")
     mark = {"made_by": "workbench.quickstart", "seed": seed, "train": train, "val": val, "test": test,
             "unlabeled": unlabeled, "size": list(plan.size)}
     folder = Path(folder)
@@ -90,7 +91,8 @@ def generate(folder: Path, seed: int = 0, train: int = 220, val: int = 40, test:
     return folder
 
 
-def draw_frame(split: str, index: int, seed: int = 0, size: tuple[int, int] = (320, 240)) -> tuple[np.ndarray, list[Any]]:
+def draw_frame(split: str, index: int, seed: int = 0,
+               size: tuple[int, int] = (320, 240)) -> tuple[np.ndarray, list[Any]]:
     """One frame: (height, width, 3) uint8 RGB pixels and [(label, (x1, y1, x2, y2)), ...]."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = _background(split, rng, size).astype(np.float32)
@@ -129,7 +131,8 @@ def _write(folder: Path, plan: _Plan) -> None:
             frame = Frame(name, *plan.size, blob="0" * 32)
             shown.append(LabeledFrame(frame, tuple(Annotation(label, box) for label, box in boxes), split))
         if count:
-            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco_document(Taxonomy(LABELS), shown)))
+            document = coco_document(Taxonomy(LABELS), shown)
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
     if plan.unlabeled:
         (folder / "truth.json").write_text(json.dumps({"frames": truth}))
 

@@ -56,14 +56,16 @@ class Recipe:
                           f"{', '.join(sorted(set(self.parameters) - set(ours)))}.")
         reserved = sorted(set(params) & set(ours))
         if reserved:
-            raise Invalid(f"Parameter {', '.join(reserved)} of recipe {self.name} is given by the workbench; leave it out.")
+            raise Invalid(f"Parameter {', '.join(reserved)} of recipe {self.name} is given by the workbench; leave it "
+                          "out.")
         undeclared = sorted(set(ours) - set(self.parameters))
         if undeclared:
-            raise Invalid(f"Recipe {self.name} does not declare {', '.join(undeclared)} in {self.folder}/MLproject, which "
-                          "this training needs. See docs/adopting.md.")
+            raise Invalid(f"Recipe {self.name} does not declare {', '.join(undeclared)} in {self.folder}/MLproject, "
+                          "which this training needs. See docs/adopting.md.")
         values = {name: _plain(self.name, name, self.parameters[name][0], value) for name, value in params.items()}
         values |= ours
-        missing = sorted(name for name, (_, default) in self.parameters.items() if default is None and name not in values)
+        missing = sorted(name for name, (_, default) in self.parameters.items()
+                         if default is None and name not in values)
         if missing:
             raise Invalid(f"Recipe {self.name} needs a value for {', '.join(missing)}.")
         return values
@@ -94,10 +96,11 @@ def read_recipe(project: Path, name: str, commit: str | None = None) -> Recipe:
         if not isinstance(main["command"], str):
             raise TypeError("command is no text")
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise Invalid(f"{file} at {commit[:12]} has no entry point main with a command: {error!r}. Mend and commit it.") from error
+        raise Invalid(f"{file} at {commit[:12]} has no entry point main with a command: {error!r}. Mend and commit "
+                      "it.") from error
     is_bare = git(project, "rev-parse", "--is-bare-repository").strip() == "true"
-    changed = "" if is_bare else git(project, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--",
-                                     f"models/{name}")
+    changed = "" if is_bare else git(project, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all",
+                                     "--", f"models/{name}")
     return Recipe(name, commit, parameters, tuple(entry[3:] for entry in changed.split("\0") if entry))
 
 
@@ -128,7 +131,8 @@ def check_out(project: Path, commit: str, mirrors: Path, folder: Path) -> None:
             half.rename(mirror)
         # HEAD is asked for by itself: it may be detached, then no branch or tag leads to it. Nothing is pruned, so that
         # the commit of an interrupted training stays.
-        git(mirror, "fetch", "--quiet", "--no-prune", "--update-shallow", "origin", "+refs/*:refs/*", "+HEAD:refs/workbench/head")
+        git(mirror, "fetch", "--quiet", "--no-prune", "--update-shallow", "origin", "+refs/*:refs/*",
+            "+HEAD:refs/workbench/head")
         shutil.rmtree(folder, ignore_errors=True)
         git(mirror, "worktree", "prune")
         git(mirror, "worktree", "add", "--quiet", "--detach", "--force", str(folder), commit)
@@ -177,5 +181,6 @@ def _plain(recipe: str, name: str, kind: str, value: Any) -> str:
             raise Invalid(f"Parameter {name} of recipe {recipe} must be a number, got {value!r}.")
         return str(int(number)) if number == int(number) and abs(number) < 1e15 else repr(number)
     if not isinstance(value, str) or not _TEXT.fullmatch(value):
-        raise Invalid(f"Parameter {name} of recipe {recipe} must be a plain word (letters, digits, . , : + - _), got {value!r}.")
+        raise Invalid(f"Parameter {name} of recipe {recipe} must be a plain word (letters, digits, . , : + - _), got "
+                      f"{value!r}.")
     return value

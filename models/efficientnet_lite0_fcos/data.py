@@ -135,7 +135,8 @@ def choose_size(samples: list[Sample], width: int, height: int, long_side: int) 
         size = (width, height)
     else:
         aspect = float(np.median([s.width / s.height for s in samples]))
-        long = width or height or long_side
+        # Enlarging small frames costs time and shows nothing new.
+        long = width or height or min(long_side, int(np.median([max(s.width, s.height) for s in samples])))
         if width or (not height and aspect >= 1):
             size = (long, long / aspect)
         else:

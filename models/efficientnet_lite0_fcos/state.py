@@ -8,6 +8,8 @@ import torch
 
 # An epoch of fewer steps would be spent on checkpoints and validation: a tiny data set is passed several times in one.
 LEAST_STEPS = 8
+# Fewer steps than this give a detector that finds nothing (measured on handwritten digits), whatever the time limit.
+USEFUL_STEPS = 60
 # What a time limit keeps for the end, in seconds: export 8, plots and the check against ONNX Runtime 4 (two cores).
 EXPORT_S = 12.0
 CHECKPOINT_S = 0.3
@@ -45,8 +47,8 @@ class State:
         """Inside the first epoch, from its first steps: the same, and shorter epochs when not even five would fit."""
         # A forward pass is about a third of a step; measured 0.30 s of 0.96 s.
         eval_s = val_count * step_s / options.batch_size / 3
-        affordable = int((options.time_limit_s - self.elapsed_s() - EXPORT_S) / step_s)
-        self.steps_per_epoch = max(min(self.steps_per_epoch, affordable // 5), min(4, self.steps_per_epoch))
+        affordable = max(USEFUL_STEPS, int((options.time_limit_s - self.elapsed_s() - EXPORT_S) / step_s))
+        self.steps_per_epoch = min(self.steps_per_epoch, affordable // 5)
         self._fit(options, step_s, eval_s, test_count / max(1, val_count))
         return f"{step_s:.2f} s a step: {self.epochs} epochs of {self.steps_per_epoch} steps fit {options.time_limit_s:g} s"
 
@@ -56,7 +58,8 @@ class State:
         self.eval_every = max(1, math.ceil(eval_s / (0.25 * epoch_s)))
         left_s = options.time_limit_s - self.elapsed_s() - EXPORT_S - eval_s * (1 + test_share)
         fitting = int(left_s / (epoch_s + eval_s / self.eval_every + CHECKPOINT_S))
-        self.epochs = self.epoch + max(1, min(options.epochs - self.epoch, fitting))
+        missing = math.ceil((USEFUL_STEPS - self.epoch * self.steps_per_epoch) / self.steps_per_epoch)
+        self.epochs = self.epoch + max(1, min(options.epochs - self.epoch, max(fitting, missing)))
 
     def elapsed_s(self) -> float:
         return self.spent_s + time.monotonic() - self._started

@@ -75,7 +75,9 @@ def test_a_batch_of_another_shape_or_dtype_is_invalid(open_graph: Open, tmp_path
             backend.run(batch)
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no graph", b"\x89PNG\r\n\x1a\n" + bytes(100)], ids=["empty", "text", "png"])
+@pytest.mark.parametrize(
+    "content", [b"", b"this is no graph", b"\x89PNG\r\n\x1a\n" + bytes(100)], ids=["empty", "text", "png"]
+)
 def test_a_file_that_is_no_onnx_graph_is_invalid_and_named(open_graph: Open, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.onnx").write_bytes(content)
     with pytest.raises(Invalid, match="broken.onnx"):
@@ -95,7 +97,9 @@ def test_a_missing_file_is_not_found(open_graph: Open, tmp_path: Path) -> None:
 
 
 def test_an_operator_nobody_knows_is_invalid(open_graph: Open, tmp_path: Path) -> None:
-    graphs.save(tmp_path / "odd.onnx", [helper.make_node("Conjure", ["x"], ["y"])], {"x": ([1, 4], "float32")}, ["y"], {})
+    graphs.save(
+        tmp_path / "odd.onnx", [helper.make_node("Conjure", ["x"], ["y"])], {"x": ([1, 4], "float32")}, ["y"], {}
+    )
     with pytest.raises(Invalid, match="odd.onnx"):
         open_graph(tmp_path / "odd.onnx")
 
@@ -107,7 +111,9 @@ def test_a_graph_with_two_inputs_is_invalid(open_graph: Open, tmp_path: Path) ->
         open_graph(tmp_path / "two.onnx")
 
 
-def test_weights_in_a_file_beside_the_graph_are_read_and_those_elsewhere_refused(open_graph: Open, tmp_path: Path) -> None:
+def test_weights_in_a_file_beside_the_graph_are_read_and_those_elsewhere_refused(
+    open_graph: Open, tmp_path: Path
+) -> None:
     inside = tmp_path / "model"
     inside.mkdir()
     model = onnx.load(graphs.shuffled(tmp_path / "m.onnx", [0, 1, 2]))
@@ -135,8 +141,12 @@ def test_a_closed_backend_refuses_to_run(open_graph: Open, tmp_path: Path) -> No
         backend.run(np.zeros((1, 2, 2, 3), np.uint8))
 
 
-@pytest.mark.parametrize("order", [[0, 3, 1, 4, 2, 5], [0, 2, 4, 1, 3, 5], [5, 4, 3, 2, 1, 0]], ids=["2 groups", "3 groups", "reversed"])
-def test_shuffled_channels_reach_the_next_convolution_in_their_order(open_graph: Open, tmp_path: Path, order: list[int]) -> None:
+@pytest.mark.parametrize(
+    "order", [[0, 3, 1, 4, 2, 5], [0, 2, 4, 1, 3, 5], [5, 4, 3, 2, 1, 0]], ids=["2 groups", "3 groups", "reversed"]
+)
+def test_shuffled_channels_reach_the_next_convolution_in_their_order(
+    open_graph: Open, tmp_path: Path, order: list[int]
+) -> None:
     """OpenVINO 2026.4.1 folds the permutation into the convolution the wrong way round unless it is kept from it."""
     images = np.broadcast_to(np.arange(6, dtype=np.float32).reshape(1, 6, 1, 1), (1, 6, 4, 4)).copy()
     with open_graph(graphs.shuffled(tmp_path / "m.onnx", order)) as backend:
@@ -150,13 +160,20 @@ def test_openvino_refuses_a_permutation_it_would_compute_wrongly(tmp_path: Path)
 
 
 @pytest.mark.parametrize("adapter", ["openvino.OpenVINO", "onnxruntime.OnnxRuntime"])
-def test_opening_a_graph_leaves_nothing_in_the_home_folder_and_starts_no_telemetry(adapter: str, tmp_path: Path) -> None:
+def test_opening_a_graph_leaves_nothing_in_the_home_folder_and_starts_no_telemetry(
+    adapter: str, tmp_path: Path
+) -> None:
     path, home = graphs.affine(tmp_path / "m.onnx"), tmp_path / "home"
     home.mkdir()
     module, name = adapter.split(".")
     script = (f"import sys; from pathlib import Path; from workbench.adapters.{module} import {name}; "
               f"{name}(Path({str(path)!r}), threads=1); "
               "print([name for name in sys.modules if name.startswith('openvino_telemetry')])")
-    told = subprocess.run([sys.executable, "-c", script], env={**os.environ, "HOME": str(home)}, capture_output=True, text=True,
-                          check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert told.stdout.strip() == "[]" and list(home.iterdir()) == []

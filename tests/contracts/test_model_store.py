@@ -80,14 +80,18 @@ def test_a_file_with_another_digest_than_its_card_says_is_refused_and_leaves_not
     assert stores().refs() == [] and not _files_below(tmp_path / "store")
 
 
-def test_a_file_that_is_missing_is_refused_and_leaves_nothing(stores: Stores, card: ModelCard, source: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_missing_is_refused_and_leaves_nothing(
+    stores: Stores, card: ModelCard, source: Path, tmp_path: Path
+) -> None:
     (source / "labels.txt").unlink()
     with pytest.raises(NotFound, match="labels.txt"):
         stores().register(card, source)
     assert stores().refs() == [] and not _files_below(tmp_path / "store")
 
 
-def test_an_unknown_reference_is_not_found_and_names_what_there_is(stores: Stores, card: ModelCard, source: Path) -> None:
+def test_an_unknown_reference_is_not_found_and_names_what_there_is(
+    stores: Stores, card: ModelCard, source: Path
+) -> None:
     stores().register(card, source)
     for ask in (stores().card, stores().folder):
         with pytest.raises(NotFound, match="finder@2.*finder@1"):
@@ -144,7 +148,9 @@ class TestLocalModels:
         assert store.refs() == []
         assert store.register(card, source) == card
 
-    def test_half_written_folders_and_strangers_are_no_versions(self, card: ModelCard, source: Path, tmp_path: Path) -> None:
+    def test_half_written_folders_and_strangers_are_no_versions(
+        self, card: ModelCard, source: Path, tmp_path: Path
+    ) -> None:
         store = LocalModels(tmp_path / "store")
         store.register(card, source)
         (tmp_path / "store" / ".half-x").mkdir()

@@ -17,7 +17,7 @@ from workbench.taxonomy import Taxonomy
 
 
 class MemoryServer:
-    """Frames go through JSON on their way in, as on a real server, so a caller never shares an object with the store."""
+    """Frames go through JSON on their way in, as on a real server: a caller never shares an object with the store."""
 
     def __init__(self) -> None:
         self._taxonomies: dict[str, Taxonomy] = {}
@@ -49,8 +49,16 @@ class MemoryServer:
             if name in stored:
                 continue
             status = "new" if labeled.annotations is None else "accepted"
-            stored[name] = _through_json(WorkingFrame(labeled.frame, labeled.annotations, status=status, split=labeled.split,
-                                                      reviewed_by=labeled.reviewed_by, revision="1"))
+            stored[name] = _through_json(
+                WorkingFrame(
+                    labeled.frame,
+                    labeled.annotations,
+                    status=status,
+                    split=labeled.split,
+                    reviewed_by=labeled.reviewed_by,
+                    revision="1",
+                )
+            )
             self._paths[dataset, name] = Path(path)
             added += 1
         return added
@@ -70,7 +78,9 @@ class MemoryServer:
             if now is None or now.revision != frame.revision:
                 refused.append(frame.frame.name)
                 continue
-            stored[frame.frame.name] = _through_json(replace(frame, frame=now.frame, revision=str(int(now.revision) + 1)))
+            stored[frame.frame.name] = _through_json(
+                replace(frame, frame=now.frame, revision=str(int(now.revision) + 1))
+            )
         return refused
 
     def review_url(self, dataset: str, name: str) -> str:
@@ -86,7 +96,9 @@ class MemoryServer:
 
 def _least_confidence(frame: WorkingFrame) -> float:
     """Of the machine's boxes; 2, so last, without one."""
-    return min((a.confidence for a in frame.annotations or () if a.is_machine and a.confidence is not None), default=2.0)
+    return min(
+        (a.confidence for a in frame.annotations or () if a.is_machine and a.confidence is not None), default=2.0
+    )
 
 
 def _through_json(frame: WorkingFrame) -> WorkingFrame:
@@ -96,4 +108,6 @@ def _through_json(frame: WorkingFrame) -> WorkingFrame:
     annotations = frame.annotations
     if annotations is not None:
         annotations = tuple(Annotation.from_json(again(a.to_json())) for a in annotations)
-    return replace(frame, annotations=annotations, runs=tuple(RunWrite.from_json(again(r.to_json())) for r in frame.runs))
+    return replace(
+        frame, annotations=annotations, runs=tuple(RunWrite.from_json(again(r.to_json())) for r in frame.runs)
+    )

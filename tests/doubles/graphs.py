@@ -42,13 +42,27 @@ def shuffled(path: Path, order: list[int]) -> Path:
     """images (1, C, 4, 4) float32 -> its channels in `order`, then weighed 1, 10, 100, ... and summed: (1, 1, 4, 4)."""
     count = len(order)
     weights = (10.0 ** np.arange(count, dtype=np.float32)).reshape(1, count, 1, 1)
-    nodes = [helper.make_node("Conv", ["images", "same"], ["kept"]), helper.make_node("Gather", ["kept", "order"], ["shuffled"], axis=1),
-             helper.make_node("Conv", ["shuffled", "weights"], ["sum"])]
-    return save(path, nodes, {"images": ([1, count, 4, 4], "float32")}, ["sum"], {
-        "same": np.eye(count, dtype=np.float32).reshape(count, count, 1, 1), "order": np.array(order, np.int64), "weights": weights})
+    nodes = [
+        helper.make_node("Conv", ["images", "same"], ["kept"]),
+        helper.make_node("Gather", ["kept", "order"], ["shuffled"], axis=1),
+        helper.make_node("Conv", ["shuffled", "weights"], ["sum"]),
+    ]
+    return save(
+        path,
+        nodes,
+        {"images": ([1, count, 4, 4], "float32")},
+        ["sum"],
+        {
+            "same": np.eye(count, dtype=np.float32).reshape(count, count, 1, 1),
+            "order": np.array(order, np.int64),
+            "weights": weights,
+        },
+    )
 
 
-def red_finder(folder: Path, labels: tuple[str, ...] = ("red", "blue"), side: int = 64, batch: int | str = "n") -> ModelCard:
+def red_finder(
+    folder: Path, labels: tuple[str, ...] = ("red", "blue"), side: int = 64, batch: int | str = "n"
+) -> ModelCard:
     """A detector of the fcos family that really looks: at every stride-8 cell whose pixels are mostly red it finds the
     first label, mostly blue the second, each with a box of two cells around the cell's middle. Returns its card.
 

@@ -92,24 +92,24 @@ def working_copy(workbench: Workbench, name: str = "shapes") -> None:
     workbench.records.add("reviews", name, drawn[0].frame.name, "anna", {"decision": "accepted"})
 
 
-def tiny_detector(folder: Path, side: int = 64, boxes: int = 84) -> Path:
-    """An ONNX graph shaped as a YOLOX export of three labels that says the same whatever it sees; returns its file."""
+def tiny_detector(folder: Path, labels: int = len(LABELS), side: int = 64) -> Path:
+    """An ONNX graph shaped as a YOLOX export that says the same whatever it sees: a box of each of its first three
+    labels. Returns its file."""
     cells = (side // 8) ** 2 + (side // 16) ** 2 + (side // 32) ** 2
-    assert cells == boxes
-    table = [[0.0] * 8 for _ in range(cells)]
-    for row, place in ((27, 5), (35, 6), (60, 7)):
+    table = [[0.0] * (5 + labels) for _ in range(cells)]
+    for label, row in enumerate((27, 35, 60)):
         # Centre of its cell, three cells wide (exp(1.1)), certain, one label.
-        table[row] = [0.5, 0.5, 1.1, 1.1, 0.9, *(0.9 if 5 + index == place else 0.05 for index in range(3))]
+        table[row] = [0.5, 0.5, 1.1, 1.1, 0.9, *(0.9 if index == label else 0.05 for index in range(labels))]
     graph = helper.make_graph(
         [helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=1),
          helper.make_node("Reshape", ["mean", "flat"], ["flatmean"]),
          helper.make_node("Mul", ["flatmean", "zero"], ["nothing"]),
          helper.make_node("Add", ["table", "nothing"], ["output"])], "constant_yolox",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, side, side])],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", cells, 8])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", cells, 5 + labels])],
         [helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3]), helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]),
          helper.make_tensor("flat", TensorProto.INT64, [3], [-1, 1, 1]),
-         helper.make_tensor("table", TensorProto.FLOAT, [1, cells, 8], [value for row in table for value in row])])
+         helper.make_tensor("table", TensorProto.FLOAT, [1, cells, 5 + labels], [value for row in table for value in row])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def tiny_detector(folder: Path, side: int = 64, boxes: int = 84) -> Path:
 def model(workbench: Workbench, folder: Path, name: str = "shapes-detector", version: str = "1", labels: tuple[str, ...] = LABELS,
           **about: object) -> ModelCard:
     """Registers the tiny detector under a name."""
-    file = tiny_detector(folder / f"{name}-{version}")
+    file = tiny_detector(folder / f"{name}-{version}", len(labels))
     card = ModelCard(name, version, InputSpec((64, 64), "NCHW", "float32", "BGR"), {"name": "yolox", "confidence": 0.3, "iou": 0.45},
                      Taxonomy(labels), {file.name: file_record(file)}, licence="Apache-2.0", **about)
     return workbench.models.register(card, file.parent)

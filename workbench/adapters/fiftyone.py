@@ -8,6 +8,7 @@ that the app saved in between would be lost. It also spares every reader the lib
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import math
@@ -162,8 +163,13 @@ class FiftyOneServer:
     def _database(self) -> Any:
         import pymongo
         if self._client is None:
-            self._client = pymongo.MongoClient(self._mongo_url, serverSelectionTimeoutMS=TIMEOUT_MS, tz_aware=True,
-                                               appname="workbench")
+            try:
+                self._client = pymongo.MongoClient(self._mongo_url, serverSelectionTimeoutMS=TIMEOUT_MS, tz_aware=True,
+                                                   appname="workbench")
+            except (pymongo.errors.ConfigurationError, ValueError) as error:
+                # The address may hold a password, so it is not repeated.
+                raise Invalid(f"The address of the annotation database is wrong ({type(error).__name__}). Mend the setting "
+                              "'mongo_url': it reads mongodb://host:port.") from error
         return self._client[DATABASE]
 
     def _document(self, dataset: str) -> dict[str, Any]:
@@ -190,8 +196,6 @@ class FiftyOneServer:
         except errors.ConnectionFailure as error:  # ServerSelectionTimeoutError and AutoReconnect are among them
             raise Unavailable("The annotation database (mongod) does not answer. Start it with `workbench up`, "
                               "or see `workbench doctor`.") from error
-        except errors.ConfigurationError as error:
-            raise Invalid(f"The address of the annotation database is wrong: {error}. Mend the setting 'mongo_url'.") from error
         except errors.PyMongoError as error:
             raise Unavailable(f"The annotation database refused a request: {error}. See `workbench doctor`.") from error
 
@@ -216,15 +220,23 @@ class FiftyOneServer:
     def _library(self) -> Iterator[Any]:
         """The fiftyone module, connected to this server's database (a process has one connection for all of it)."""
         self._database().client.admin.command("ping")  # without this a dead server costs the import its 30 s timeout
-        os.environ.update(FIFTYONE_DATABASE_URI=self._mongo_url, FIFTYONE_DO_NOT_TRACK="true",
-                          FIFTYONE_DATABASE_VALIDATION="false")
+        # The library waits 30 s for a server that is gone, also when it closes its connection.
+        options = "&" if "?" in self._mongo_url else "?" if "/" in self._mongo_url.partition("://")[2] else "/?"
+        url = f"{self._mongo_url}{options}serverSelectionTimeoutMS={TIMEOUT_MS}"
+        os.environ.update(FIFTYONE_DATABASE_URI=url, FIFTYONE_DO_NOT_TRACK="true", FIFTYONE_DATABASE_VALIDATION="false")
         import fiftyone as fo
         from fiftyone.core.odm import database
-        if fo.config.database_uri != self._mongo_url:
+        from fiftyone.factory import repo_factory
+        if fo.config.database_uri != url:
+            # What FiftyOne remembers of the other database: its clients, open datasets and repositories.
             database._disconnect()
             fo.Dataset._instances.clear()
-            fo.config.database_uri = self._mongo_url
+            repo_factory.RepositoryFactory.repos.clear()
+            repo_factory._db = None
+            fo.config.database_uri = url
             database.establish_db_conn(fo.config)
+        # Ours are persistent; asking a database that was stopped before us would hold the process's end up for 30 s.
+        atexit.unregister(database._delete_non_persistent_datasets_if_allowed)
         yield fo
 
 

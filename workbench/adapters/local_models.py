@@ -31,9 +31,13 @@ class LocalModels:
         try:
             record = json.loads(file.read_bytes())
         except FileNotFoundError as error:
-            raise NotFound(f"Model {ref} is not registered. Registered are: {', '.join(self.refs()) or 'none'}.") from error
+            raise NotFound(
+                f"Model {ref} is not registered. Registered are: {', '.join(self.refs()) or 'none'}."
+            ) from error
         except ValueError as error:
-            raise Invalid(f"{file} is damaged: {error}. Restore it from backup, or remove its folder and register again.") from error
+            raise Invalid(
+                f"{file} is damaged: {error}. Restore it from backup, or remove its folder and register again."
+            ) from error
         card = ModelCard.from_json(record)
         if card.ref != ref:
             raise Invalid(f"{file} describes {card.ref}, not {ref}. Restore it from backup.")
@@ -76,13 +80,17 @@ class LocalModels:
         """The version that is there, when it is this one."""
         there = self.card(card.ref)
         if there.to_json() != json.loads(json.dumps(card.to_json())):
-            raise Conflict(f"Model {card.ref} is registered with another content. A version never changes: give this one a "
-                           "new version.")
+            raise Conflict(
+                f"Model {card.ref} is registered with another content. A version never changes: give this one a "
+                "new version."
+            )
         return there
 
     def _copy(self, source: Path, target: Path, card: ModelCard) -> None:
         if not source.is_file():
-            raise NotFound(f"{source.name} of {card.ref} is not in {source.parent}. Give the folder that holds the card's files.")
+            raise NotFound(
+                f"{source.name} of {card.ref} is not in {source.parent}. Give the folder that holds the card's files."
+            )
         self._write(target, source.read_bytes())
 
     @staticmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -13,8 +12,15 @@ from workbench.errors import Invalid, Unavailable
 from workbench.inference.graph import read_graph
 from workbench.ports import BackendReport
 
-DTYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-          "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(double)": np.float64}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(uint8)": np.uint8,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(double)": np.float64,
+}
 
 
 class OnnxRuntime:
@@ -24,7 +30,7 @@ class OnnxRuntime:
     """
 
     def __init__(self, onnx: Path, threads: int = 0) -> None:
-        # Its first import would send an event and leave a device id in ~/.cache; the switch counts only before (Privacy.md).
+        # Its first import sends an event and leaves a device id in ~/.cache unless told before (its Privacy.md).
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime
@@ -37,12 +43,18 @@ class OnnxRuntime:
         try:
             session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no class of their own
-            raise Invalid(f"{onnx} cannot be opened by ONNX Runtime: {str(error)[:300]}. Export the graph again.") from error
+            raise Invalid(
+                f"{onnx} cannot be opened by ONNX Runtime: {str(error)[:300]}. Export the graph again."
+            ) from error
         if len(session.get_inputs()) != 1:
-            raise Invalid(f"{onnx} has {len(session.get_inputs())} inputs; a detector must have exactly one, the images.")
+            raise Invalid(
+                f"{onnx} has {len(session.get_inputs())} inputs; a detector must have exactly one, the images."
+            )
         given = session.get_inputs()[0]
         if given.type not in DTYPES:
-            raise Invalid(f"{onnx} takes {given.type}; a detector's images are uint8 or float32. Export the graph again.")
+            raise Invalid(
+                f"{onnx} takes {given.type}; a detector's images are uint8 or float32. Export the graph again."
+            )
         self.input_name = given.name
         self.input_shape = tuple(side if isinstance(side, int) else None for side in given.shape)
         self.batch_is_dynamic = bool(self.input_shape) and self.input_shape[0] is None
@@ -54,7 +66,7 @@ class OnnxRuntime:
     def __enter__(self) -> OnnxRuntime:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._session = None
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:

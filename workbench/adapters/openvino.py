@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,10 @@ class OpenVINO:
             compiled = core.compile_model(model, "CPU", settings)
             device = core.get_property("CPU", "FULL_DEVICE_NAME")
         except RuntimeError as error:
-            raise Invalid(f"{onnx} cannot be opened by OpenVINO: {_short(error)}. Export the graph again, or use the backend "
-                          "onnxruntime.") from error
+            raise Invalid(
+                f"{onnx} cannot be opened by OpenVINO: {_short(error)}. Export the graph again, or use the backend "
+                "onnxruntime."
+            ) from error
         given = model.inputs[0]
         self.input_name = graph.graph.input[-1].name if len(graph.graph.input) == 1 else given.get_any_name()
         self.input_shape = tuple(None if side.is_dynamic else side.get_length() for side in given.get_partial_shape())
@@ -49,12 +50,14 @@ class OpenVINO:
         self._outputs = [output.name for output in graph.graph.output]
         self._request = compiled.create_infer_request()
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self.report = BackendReport("openvino", str(device), str(precision), f"openvino {openvino.__version__.split('-')[0]}")
+        self.report = BackendReport(
+            "openvino", str(device), str(precision), f"openvino {openvino.__version__.split('-')[0]}"
+        )
 
     def __enter__(self) -> OpenVINO:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._request = self._compiled = None
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
@@ -102,7 +105,9 @@ def _keep_shuffles(model: Any, onnx: Path) -> None:
     from openvino import opset13
 
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "Gather" or any(node.input_value(i).get_node().get_type_name() != "Constant" for i in (1, 2)):
+        if node.get_type_name() != "Gather" or any(
+            node.input_value(i).get_node().get_type_name() != "Constant" for i in (1, 2)
+        ):
             continue
         order, axis = (node.input_value(i).get_node().data.ravel() for i in (1, 2))
         count = len(order)
@@ -111,8 +116,10 @@ def _keep_shuffles(model: Any, onnx: Path) -> None:
         groups = [g for g in range(2, count) if count % g == 0 and np.array_equal(
             order, np.arange(count).reshape(g, -1).T.ravel())]
         if not groups:
-            raise Invalid(f"{onnx} permutes channels in node {node.get_friendly_name()!r} in a way that OpenVINO computes wrongly. "
-                          "Use the backend onnxruntime for this model.")
+            raise Invalid(
+                f"{onnx} permutes channels in node {node.get_friendly_name()!r}, which OpenVINO computes wrongly. "
+                "Use the backend onnxruntime for this model."
+            )
         shuffled = opset13.shuffle_channels(node.input_value(0), int(axis[0]), groups[0])
         node.output(0).replace(shuffled.output(0))
 

@@ -84,9 +84,18 @@ def corrected(proposed: Sequence[Annotation], truth: Sequence[Annotation], perso
                 mine = replace(fixed, attributes={**mine.attributes, "touched_by": f"human:{person}"})
         result.append(mine)
     paired = {pair.other for pair in pairs}
-    result += [Annotation(right.label, xyxy=right.xyxy, polygon=right.polygon, mask=right.mask, source=f"human:{person}",
-                          attributes=dict(right.attributes))
-               for index, right in enumerate(wanted) if index not in paired]
+    result += [
+        Annotation(
+            right.label,
+            xyxy=right.xyxy,
+            polygon=right.polygon,
+            mask=right.mask,
+            source=f"human:{person}",
+            attributes=dict(right.attributes),
+        )
+        for index, right in enumerate(wanted)
+        if index not in paired
+    ]
     return tuple(result)
 
 
@@ -95,8 +104,13 @@ def _boxed(annotations: Sequence[Annotation]) -> list[Annotation]:
 
 
 def _pairs(proposed: list[Annotation], truth: list[Annotation], same_iou: float) -> list[Pair]:
-    return match(np.array([box_of(a) for a in proposed], float).reshape(-1, 4), [a.label for a in proposed],
-                 np.array([box_of(a) for a in truth], float).reshape(-1, 4), [a.label for a in truth], good_iou=same_iou)
+    return match(
+        np.array([box_of(a) for a in proposed], float).reshape(-1, 4),
+        [a.label for a in proposed],
+        np.array([box_of(a) for a in truth], float).reshape(-1, 4),
+        [a.label for a in truth],
+        good_iou=same_iou,
+    )
 
 
 def _is_untouched(pair: Pair, same_iou: float) -> bool:

@@ -26,10 +26,11 @@ class Metrics:
     """What `score` measured. Values lie in 0..1.
 
     coco             COCO_NAMES -> value, None where nothing of that size exists; at most 100 boxes a frame count
-    per_class        label -> {"ap", "ap50", "truth", "detections", "best_f1", "best_confidence"}; only labels the truth has.
-                     ap is over IoU .5:.95; detections counts those at or above `confidence`; best_confidence is the
-                     threshold of the highest F1 at IoU 0.5
-    curves           label -> {"precision": 101 values at recall 0, 0.01 .. 1 at IoU 0.5, "confidence": the threshold there}
+    per_class        label -> {"ap", "ap50", "truth", "detections", "best_f1", "best_confidence"}, of labels the truth
+                     has; ap is over IoU .5:.95; detections counts those at or above `confidence`; best_confidence is
+                     the threshold of the highest F1 at IoU 0.5
+    curves           label -> {"precision": 101 values at recall 0, 0.01 .. 1 and IoU 0.5, "confidence": the threshold
+                     there}
     confusion        (labels + 1) x (labels + 1) counts at IoU 0.5 and `confidence`: rows are the truth, columns the
                      prediction, the last of both is "nothing there"
     confidence       the operating threshold of `confusion` and the counts
@@ -74,13 +75,15 @@ def score(truth: Mapping[str, Sequence[Annotation] | None], found: Mapping[str, 
                 without an entry has no detections. Give them down to a low confidence: what is missing costs recall.
     confidence  the operating threshold for counts and confusion
 
-    Raises Invalid for a frame whose truth is None (nobody looked, so it is no truth), a detection on a frame that is not
-    in `truth`, a label outside the taxonomy, and a truth without any box.
+    Raises Invalid for a frame whose truth is None (nobody looked, so it is no truth), a detection on a frame that is
+    not in `truth`, a label outside the taxonomy, and a truth without any box.
     """
     unseen = [name for name, annotations in truth.items() if annotations is None]
     if unseen:
-        raise Invalid(f"{len(unseen)} frames have no truth because nobody looked at them, e.g. {unseen[0]}. Review them or leave "
-                      "them out of the evaluation.")
+        raise Invalid(
+            f"{len(unseen)} frames have no truth because nobody looked at them, e.g. {unseen[0]}. Review them or leave "
+            "them out of the evaluation."
+        )
     strangers = sorted(found.keys() - truth.keys())
     if strangers:
         raise Invalid(f"There are detections on {len(strangers)} frames that are not evaluated, e.g. {strangers[0]}.")
@@ -89,7 +92,9 @@ def score(truth: Mapping[str, Sequence[Annotation] | None], found: Mapping[str, 
     wanted = [_of_annotations(truth[name], taxonomy) for name in names]
     given = [_of_found(found.get(name, ()), taxonomy) for name in names]
     if not any(len(boxes.xyxy) for boxes in wanted):
-        raise Invalid(f"None of the {len(names)} frames has a labelled box, so nothing can be scored. Label some first.")
+        raise Invalid(
+            f"None of the {len(names)} frames has a labelled box, so nothing can be scored. Label some first."
+        )
     evaluation = _coco(wanted, given, len(taxonomy))
     precision, thresholds = evaluation.eval["precision"], evaluation.eval["scores"]
     per_class, curves, pooled = {}, {}, []
@@ -129,18 +134,22 @@ class _Boxes:
 def _of_annotations(annotations: Sequence[Annotation], taxonomy: Taxonomy) -> _Boxes:
     boxed = [(box_of(annotation), annotation) for annotation in annotations]
     boxed = [(box, annotation) for box, annotation in boxed if box is not None]
-    return _Boxes(np.array([box for box, _ in boxed], float).reshape(-1, 4),
-                  np.array([taxonomy.class_id(annotation.label) for _, annotation in boxed], int),
-                  np.array([1.0 if annotation.confidence is None else annotation.confidence for _, annotation in boxed]),
-                  np.array([bool(annotation.attributes.get("iscrowd")) for _, annotation in boxed], bool))
+    return _Boxes(
+        np.array([box for box, _ in boxed], float).reshape(-1, 4),
+        np.array([taxonomy.class_id(annotation.label) for _, annotation in boxed], int),
+        np.array([1.0 if annotation.confidence is None else annotation.confidence for _, annotation in boxed]),
+        np.array([bool(annotation.attributes.get("iscrowd")) for _, annotation in boxed], bool),
+    )
 
 
 def _of_found(found: Detections | Sequence[Annotation], taxonomy: Taxonomy) -> _Boxes:
     if not isinstance(found, Detections):
         return _of_annotations(found, taxonomy)
     if len(found) and not 0 <= found.class_id.min() <= found.class_id.max() < len(taxonomy):
-        raise Invalid(f"Detections have class ids {found.class_id.min()}..{found.class_id.max()}, the taxonomy has {len(taxonomy)} "
-                      "labels. Map the model's labels onto the data set's first.")
+        raise Invalid(
+            f"Detections have class ids {found.class_id.min()}..{found.class_id.max()}, the taxonomy has "
+            f"{len(taxonomy)} labels. Map the model's labels onto the data set's first."
+        )
     return _Boxes(found.xyxy.astype(float), found.class_id.astype(int), found.confidence.astype(float),
                   np.zeros(len(found), bool))
 
@@ -150,11 +159,23 @@ def _coco(wanted: list[_Boxes], given: list[_Boxes], classes: int) -> Any:
 
     annotations, results = [], []
     for image_id, (truth, found) in enumerate(zip(wanted, given), start=1):
-        for xywh, class_id, is_crowd in zip(xyxy_to_xywh(truth.xyxy).tolist(), truth.class_id.tolist(), truth.is_crowd.tolist()):
+        for xywh, class_id, is_crowd in zip(
+            xyxy_to_xywh(truth.xyxy).tolist(), truth.class_id.tolist(), truth.is_crowd.tolist()
+        ):
             # An id of 0 would read as "no match" in the evaluation, so ids start at 1.
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": class_id + 1, "bbox": xywh,
-                                "area": xywh[2] * xywh[3], "iscrowd": int(is_crowd)})
-        for xywh, class_id, value in zip(xyxy_to_xywh(found.xyxy).tolist(), found.class_id.tolist(), found.confidence.tolist()):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": class_id + 1,
+                    "bbox": xywh,
+                    "area": xywh[2] * xywh[3],
+                    "iscrowd": int(is_crowd),
+                }
+            )
+        for xywh, class_id, value in zip(
+            xyxy_to_xywh(found.xyxy).tolist(), found.class_id.tolist(), found.confidence.tolist()
+        ):
             results.append({"image_id": image_id, "category_id": class_id + 1, "bbox": xywh, "score": value})
     ground = COCO({"info": {}, "images": [{"id": i + 1} for i in range(len(wanted))], "annotations": annotations,
                    "categories": [{"id": i + 1, "name": str(i)} for i in range(classes)]})
@@ -208,7 +229,9 @@ def _best_f1(classes: list[tuple[np.ndarray, int]]) -> tuple[float, float]:
     return float(hits[best, 0]), float(f1[best])
 
 
-def _confusion(wanted: list[_Boxes], given: list[_Boxes], taxonomy: Taxonomy, confidence: float) -> tuple[tuple[int, ...], ...]:
+def _confusion(
+    wanted: list[_Boxes], given: list[_Boxes], taxonomy: Taxonomy, confidence: float
+) -> tuple[tuple[int, ...], ...]:
     nothing = len(taxonomy)
     counts = np.zeros((nothing + 1, nothing + 1), int)
     for truth, found in zip(wanted, given):

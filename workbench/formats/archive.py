@@ -112,14 +112,14 @@ class _Counter:
             raise _Refused(f"unpacks to more than {ratio} times its packed size: this is how zip bombs are made; it is "
                            "left out.")
         if total > SMALL_BYTES and total > ratio * self._archive_bytes:
-            raise _Refused(f"the archive unpacks to more than {ratio} times its size with it: this is how zip bombs are "
-                           "made; it is left out.")
+            raise _Refused(f"the archive unpacks to more than {ratio} times its size with it: this is how zip bombs "
+                           "are made; it is left out.")
         if total > self._limits.archive_bytes:
             raise _Refused(self._too_large())
 
     def _too_large(self) -> str:
-        return (f"the archive unpacks to more than {self._limits.archive_bytes / 2**30:.1f} GiB with it; it is left out. "
-                "Upload the archive in parts.")
+        return (f"the archive unpacks to more than {self._limits.archive_bytes / 2**30:.1f} GiB with it; it is left "
+                "out. Upload the archive in parts.")
 
 
 def _unzip(path: Path, found: Extracted, counter: _Counter, check: Callable[[], None]) -> None:
@@ -195,9 +195,11 @@ def _target(folder: Path, name: str, seen: set[str]) -> Path:
     if not parts or "\0" in name:
         raise _Refused("has no usable name.")
     if name.startswith("/"):
-        raise _Refused("has an absolute path, which would be written outside the upload; only relative paths are taken.")
+        raise _Refused("has an absolute path, which would be written outside the upload; only relative paths are "
+                       "taken.")
     if ".." in parts:
-        raise _Refused("has '..' in its path, which would be written outside the upload; only paths below it are taken.")
+        raise _Refused("has '..' in its path, which would be written outside the upload; only paths below it are "
+                       "taken.")
     if "\\" in name:
         raise _Refused("has a backslash in its path; pack the archive again with '/' between folders.")
     if len(name) > 1 and name[1] == ":" and name[0].isalpha():

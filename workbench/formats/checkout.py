@@ -34,7 +34,8 @@ def write_checkout(manifest: Manifest, blobs: Blobs, folder: Path, ref: str = ""
         for one in frames:
             link_blob(blobs, one.frame.blob, folder / "frames" / one.frame.name)
         _write_json(folder / f"{split}.json", coco_document(manifest.taxonomy, frames, first_category=0))
-    _write_json(folder / "dataset.json", {"ref": ref, "digest": manifest.digest, "labels": list(manifest.taxonomy.labels)})
+    facts = {"ref": ref, "digest": manifest.digest, "labels": list(manifest.taxonomy.labels)}
+    _write_json(folder / "dataset.json", facts)
     return folder
 
 
@@ -51,16 +52,18 @@ def coco_document(taxonomy: Taxonomy, frames: Iterable[LabeledFrame], first_cate
             x1, y1, x2, y2 = annotation.xyxy
             width, height = round(x2 - x1, DECIMALS), round(y2 - y1, DECIMALS)
             annotations.append({
-                "id": len(annotations) + 1, "image_id": len(images), "category_id": taxonomy.class_id(annotation.label) + first_category,
+                "id": len(annotations) + 1, "image_id": len(images),
+                "category_id": taxonomy.class_id(annotation.label) + first_category,
                 "bbox": [round(x1, DECIMALS), round(y1, DECIMALS), width, height], "area": round(width * height, 4),
-                "iscrowd": 0, "segmentation": [], **({"attributes": annotation.attributes} if annotation.attributes else {})})
+                "iscrowd": 0, "segmentation": [],
+                **({"attributes": annotation.attributes} if annotation.attributes else {})})
     categories = [{"id": index, "name": label, "supercategory": ""}
                   for index, label in enumerate(taxonomy.labels, first_category)]
     return {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
 
 
 def link_blob(blobs: Blobs, md5: str, path: Path) -> None:
-    """A hard link to the blob, else a symbolic one, else a copy; blobs are read-only, so a reader cannot change them."""
+    """A hard link to the blob, else a symbolic one, else a copy; blobs are read-only, so a reader changes none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blob = blobs.path(md5)
     for link in (os.link, os.symlink, shutil.copyfile):

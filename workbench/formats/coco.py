@@ -13,7 +13,6 @@ from workbench.errors import Invalid
 from workbench.formats.checkout import coco_document, link_blob
 from workbench.formats.labels import ImageLabels, LabelBox, Labels, number, usable_label
 from workbench.formats.source import SPLIT_FOLDERS, Files, split_of
-from workbench.taxonomy import Taxonomy
 
 
 def find(files: Files) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -50,11 +49,11 @@ def read(files: Files, found: dict[str, dict[str, Any]]) -> Labels:
         is_looked_at = isinstance(content.get("annotations"), list)
         for key, (image, size) in images.items():
             if image in labels.images:
-                labels.warnings[f"{path} image {key}"] = (f"{image} is in {labels.images[image].where} already; what stands "
-                                                          "there is kept.")
+                labels.warnings[f"{path} image {key}"] = (f"{image} is in {labels.images[image].where} already; what "
+                                                          "stands there is kept.")
                 continue
-            labels.images[image] = ImageLabels(tuple(boxes[key]) if is_looked_at else None, _split(path) or split_of(image),
-                                               size, path)
+            labels.images[image] = ImageLabels(tuple(boxes[key]) if is_looked_at else None,
+                                               _split(path) or split_of(image), size, path)
     for image in files.images:
         if image not in labels.images:
             labels.images[image] = ImageLabels(None, split_of(image))
@@ -62,8 +61,8 @@ def read(files: Files, found: dict[str, dict[str, Any]]) -> Labels:
 
 
 def write(manifest: Manifest, blobs: Blobs, folder: Path) -> None:
-    """annotations/instances_<split>.json and images/<split>/; frames without a split are in "default". Frames that nobody
-    looked at have their picture there and are in no file."""
+    """annotations/instances_<split>.json and images/<split>/; frames without a split are in "default". Frames that
+    nobody looked at have their picture there and are in no file."""
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split in (*SPLITS, None):
         frames = [one for one in manifest.frames if one.split == split]
@@ -89,7 +88,8 @@ def _categories(path: str, content: dict[str, Any], labels: Labels) -> Iterator[
     for row in sorted(rows, key=lambda row: row["id"]):
         label, where = usable_label(row.get("name")), f"{path} category {row['id']}"
         if row["id"] in seen:
-            labels.refused[where] = f"stands twice, as {seen[row['id']]!r} and {str(row.get('name'))[:40]!r}; the first counts."
+            labels.refused[where] = (f"stands twice, as {seen[row['id']]!r} and {str(row.get('name'))[:40]!r}; the "
+                                     "first counts.")
             continue
         if label is None:
             labels.refused[where] = f"{str(row.get('name'))[:40]!r} is no usable label; its boxes are left out."
@@ -114,7 +114,8 @@ def _images(path: str, content: dict[str, Any], files: Files,
             continue
         image = _locate(files, path, name)
         if image is None:
-            labels.refused[where] = "its file is not in the upload (or several could be meant); its labels are left out."
+            labels.refused[where] = ("its file is not in the upload (or several could be meant); its labels are left "
+                                     "out.")
         elif image in taken:
             labels.refused[where] = "is listed twice; the first entry counts."
         else:
@@ -127,7 +128,7 @@ def _images(path: str, content: dict[str, Any], files: Files,
 def _boxes(path: str, content: dict[str, Any], categories: dict[Any, str | None], images: dict[Any, Any],
            labels: Labels) -> Iterator[tuple[Any, LabelBox]]:
     seen, rows = set(), content.get("annotations")
-    listed = {row.get("id") for row in content["images"] if isinstance(row, dict) and isinstance(row.get("id"), (int, str))}
+    listed = {row["id"] for row in content["images"] if isinstance(row, dict) and isinstance(row.get("id"), (int, str))}
     for index, row in enumerate(rows if isinstance(rows, list) else (), 1):
         if not isinstance(row, dict):
             labels.refused[f"{path} annotation entry {index}"] = "is not an object; it is left out."
@@ -136,12 +137,14 @@ def _boxes(path: str, content: dict[str, Any], categories: dict[Any, str | None]
         where = f"{path} annotation {key}" if key is not None else f"{path} annotation entry {index}"
         image, category, bbox = row.get("image_id"), row.get("category_id"), row.get("bbox")
         if key is not None and key in seen:
-            labels.refused[f"{where} (entry {index})"] = "has an id that another annotation has already; it is left out."
+            labels.refused[f"{where} (entry {index})"] = ("has an id that another annotation has already; it is left "
+                                                          "out.")
             continue
         seen.add(key)
         if not isinstance(image, (int, str)) or image not in images:
             if not isinstance(image, (int, str)) or image not in listed:  # else the picture itself was named already
-                labels.refused[where] = f"belongs to image {str(image)[:40]!r}, which the file does not list; it is left out."
+                labels.refused[where] = (f"belongs to image {str(image)[:40]!r}, which the file does not list; it is "
+                                         "left out.")
             continue
         if not isinstance(category, int) or category not in categories:
             labels.refused[where] = (f"has the unknown category {str(category)[:40]!r} (known: "

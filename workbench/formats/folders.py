@@ -20,7 +20,8 @@ from workbench.taxonomy import Taxonomy
 
 def read_labeled_folder(folder: Path, limits: Limits = Limits()) -> tuple[Taxonomy, list[LabeledFrame]]:
     """A COCO, YOLO or VOC folder (or archive), or one of pictures: every picture that can be used, as an upload would
-    name and label it, sorted by name; what an upload would refuse is left out. The pixels of a frame are those of its blob md5.
+    name and label it, sorted by name; what an upload would refuse is left out. A frame's `blob` is the md5 of the bytes
+    an upload would store.
 
     Raises NotFound or Invalid as an upload does.
     """
@@ -34,7 +35,8 @@ def read_labeled_folder(folder: Path, limits: Limits = Limits()) -> tuple[Taxono
     return source.taxonomy, sorted(frames, key=lambda one: one.frame.name)
 
 
-def write_coco_folder(folder: Path, taxonomy: Taxonomy, splits: Mapping[str, Iterable[LabeledFrame]], data: Path) -> Path:
+def write_coco_folder(folder: Path, taxonomy: Taxonomy, splits: Mapping[str, Iterable[LabeledFrame]],
+                      data: Path) -> Path:
     """Writes frames that `read_labeled_folder(data)` gave as a COCO data set; an older one at `folder` is replaced.
 
     splits  "train", "val" and "test" -> frames; pictures lie in images/<split>/<frame name>, copied from the folder

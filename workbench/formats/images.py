@@ -15,14 +15,14 @@ from workbench.formats.limits import Limits
 
 # What is read, and how its files may end. MPO is a JPEG followed by previews, as many cameras write it.
 SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg", ".mpo"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
-    "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg", ".mpo"), "PNG": (".png",),
+    "BMP": (".bmp", ".dib"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "GIF": (".gif",),
 }
 OPENED = tuple(kind for kind in SUFFIXES if kind != "MPO")  # Pillow opens an MPO as a JPEG first
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"GIF8")
 ORIENTATION_TAG = 0x0112
-# The highest quality before a JPEG grows much faster than it gains (libjpeg's own advice, usage.txt); no chroma is lost.
+# The highest quality before a JPEG grows much faster than it gains (libjpeg's own advice, usage.txt).
 JPEG_QUALITY = 95
 # Neither OpenCV nor browsers read every TIFF and GIF.
 NOT_STORED = ("TIFF", "GIF")
@@ -71,8 +71,9 @@ def read_image(data: bytes, suffix: str, limits: Limits = Limits()) -> Picture:
     except UnidentifiedImageError as error:
         raise Invalid("is not an image (JPEG, PNG, BMP, WebP, TIFF or GIF), whatever its name says.") from error
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise Invalid(f"has far more than the {limits.pixels / 1e6:.0f} megapixels allowed; make it smaller.") from error
-    except Exception as error:  # decoders of damaged bytes raise nearly anything: OSError, SyntaxError, struct.error ...
+        raise Invalid(f"has far more than the {limits.pixels / 1e6:.0f} megapixels allowed; make it "
+                      "smaller.") from error
+    except Exception as error:  # decoders of damaged bytes raise nearly anything: OSError, SyntaxError, struct.error
         raise Invalid(f"is damaged or truncated ({str(error) or type(error).__name__}); copy it again from where it "
                       "came.") from error
 
@@ -101,9 +102,11 @@ def _read(image: Image.Image, data: bytes, suffix: str, limits: Limits) -> Pictu
         raise Invalid(f"has {size[0]} x {size[1]} = {size[0] * size[1] / 1e6:.0f} megapixels, more than the "
                       f"{limits.pixels / 1e6:.0f} allowed; make it smaller.")
     if _bits(image, data) > 8:
-        raise Invalid(f"has {_bits(image, data)} bits a channel; convert it to 8 bits, so that you choose the contrast.")
+        raise Invalid(f"has {_bits(image, data)} bits a channel; convert it to 8 bits, so that you choose the "
+                      "contrast.")
     if kind != "MPO" and getattr(image, "is_animated", False):
-        raise Invalid("holds more than one picture (an animation or a multi-page file); save each as an image of its own.")
+        raise Invalid("holds more than one picture (an animation or a multi-page file); save each as an image of its "
+                      "own.")
     notes = []
     if suffix not in SUFFIXES[kind]:
         notes.append(f"is a {kind} image although its name ends in {suffix or 'nothing'}; read by its content.")

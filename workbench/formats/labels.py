@@ -1,6 +1,6 @@
 """What label files say, before and after it is held against the picture it is about.
 
-Every reader gives `Labels`; `place` turns one picture's part of them into annotations. The rules, the same for all formats:
+Every reader gives `Labels`; `place` turns one picture's part of them into annotations, by the same rules for all:
 
 - a box that leaves the picture by at most ROUNDING_PX a side is cut to it without a word (tools round);
 - one of which at least half lies inside is cut and gives a warning; any other is refused;
@@ -90,8 +90,8 @@ def place(labels: ImageLabels, name: str, size: tuple[int, int], file_size: tupl
     turned = labels.size == file_size != size
     if labels.size not in (None, size) and not turned:
         claimed, real = (f"{one[0]} x {one[1]}" for one in (labels.size, size))
-        return Placed(None, {f"{labels.where} ({name})": f"its labels are for a picture of {claimed} pixels, the file has "
-                             f"{real}; they are left out, the picture is taken without labels."}, {})
+        return Placed(None, {f"{labels.where} ({name})": f"its labels are for a picture of {claimed} pixels, the file "
+                             f"has {real}; they are left out, the picture is taken without labels."}, {})
     seen = set()
     for index, box in enumerate(labels.boxes):
         try:
@@ -111,7 +111,7 @@ def place(labels: ImageLabels, name: str, size: tuple[int, int], file_size: tupl
 
 
 def number(value: object) -> float:
-    """A JSON or text value as a float (NaN where it is none): the checks of `place` then refuse it by place and name."""
+    """A JSON or text value as a float, NaN where it is none: `place` then refuses the box by its place."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return math.nan
     try:
@@ -140,21 +140,22 @@ def _fit(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orien
     shown = ", ".join(f"{value:g}" for value in (x1, y1, x2, y2))
     area = (x2 - x1) * (y2 - y1)
     if x2 <= x1 or y2 <= y1 or area == 0:
-        raise Invalid(f"the box ({shown}) of {box.label!r} has no area: its right and bottom must lie beyond its left and "
-                      "top; the box is left out.")
+        raise Invalid(f"the box ({shown}) of {box.label!r} has no area: its right and bottom must lie beyond its left "
+                      "and top; the box is left out.")
     width, height = size
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
     share = max(inside[2] - inside[0], 0) * max(inside[3] - inside[1], 0) / area
     out = max(-x1, -y1, x2 - width, y2 - height)
     cut = tuple(round(value, DECIMALS) for value in inside)
     if share == 0 or (share < MIN_INSIDE and out > ROUNDING_PX):
-        raise Invalid(f"the box ({shown}) of {box.label!r} lies {1 - share:.0%} outside the picture of {width} x {height} "
-                      "pixels; the box is left out.")
+        raise Invalid(f"the box ({shown}) of {box.label!r} lies {1 - share:.0%} outside the picture of {width} x "
+                      f"{height} pixels; the box is left out.")
     if cut[2] <= cut[0] or cut[3] <= cut[1]:
-        raise Invalid(f"the box ({shown}) of {box.label!r} is less than a hundredth of a pixel wide; the box is left out.")
+        raise Invalid(f"the box ({shown}) of {box.label!r} is less than a hundredth of a pixel wide; the box is left "
+                      "out.")
     if out > ROUNDING_PX:
-        return cut, (f"the box ({shown}) of {box.label!r} leaves the picture of {width} x {height} pixels by {out:.1f}; it "
-                     "was cut to it.")
+        return cut, (f"the box ({shown}) of {box.label!r} leaves the picture of {width} x {height} pixels by "
+                     f"{out:.1f}; it was cut to it.")
     return cut, ""
 
 
@@ -162,8 +163,10 @@ def _turn(xyxy: tuple[float, ...], size: tuple[int, int], orientation: int) -> t
     """A box drawn on the file's own pixels, in the upright picture (EXIF 2.32, 4.6.4, tag 274)."""
     (x1, y1, x2, y2), (w, h) = xyxy, size
     return {
-        1: (x1, y1, x2, y2), 2: (w - x2, y1, w - x1, y2), 3: (w - x2, h - y2, w - x1, h - y1), 4: (x1, h - y2, x2, h - y1),
-        5: (y1, x1, y2, x2), 6: (h - y2, x1, h - y1, x2), 7: (h - y2, w - x2, h - y1, w - x1), 8: (y1, w - x2, y2, w - x1),
+        1: (x1, y1, x2, y2), 2: (w - x2, y1, w - x1, y2),
+        3: (w - x2, h - y2, w - x1, h - y1), 4: (x1, h - y2, x2, h - y1),
+        5: (y1, x1, y2, x2), 6: (h - y2, x1, h - y1, x2),
+        7: (h - y2, w - x2, h - y1, w - x1), 8: (y1, w - x2, y2, w - x1),
     }[orientation]
 
 

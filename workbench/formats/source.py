@@ -1,4 +1,4 @@
-"""Source: what an upload holds, whatever it came as: pictures by path and frame name, and what labels say about each."""
+"""Source: what an upload holds, whatever it came as: pictures with their frame names, and what labels say of each."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from workbench.formats.labels import ImageLabels
 from workbench.formats.limits import Limits
 from workbench.taxonomy import Taxonomy
 
-SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-                 "testing": "test"}
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+                 "test": "test", "testing": "test"}
 # Folders that say what lies in them, not what a frame is called.
 _STRUCTURE = {"images", "jpegimages", "imgs", *SPLIT_FOLDERS}
 _LABEL_SUFFIXES = (".json", ".xml", ".yaml", ".yml", ".txt", ".names")
@@ -55,7 +55,15 @@ class Files:
         try:
             return self.data(path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise Invalid(f"is not UTF-8 text (byte {error.start}); its labels are left out. Save it as UTF-8.") from error
+            raise Invalid(f"is not UTF-8 text (byte {error.start}); it is left out. Save it as UTF-8.") from error
+
+    def lines(self, path: str, refused: dict[str, str]) -> list[str]:
+        """The lines that are not empty, stripped; none, and the reason in `refused`, when the file cannot be read."""
+        try:
+            return [line.strip() for line in self.text(path).splitlines() if line.strip()]
+        except Invalid as error:
+            refused[path] = str(error)
+            return []
 
     def has_image(self, path: str) -> bool:
         return path in self._image_set
@@ -100,6 +108,11 @@ class SourceImage:
     name: str
     labels: ImageLabels = ImageLabels()
 
+    @property
+    def shown(self) -> str:
+        """The path as messages and databases can hold it."""
+        return printable(self.path)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -125,7 +138,7 @@ def open_source(path: Path, limits: Limits = Limits(), check: Callable[[], None]
     if path.is_dir():
         yield read_source(path, limits)
     elif _is_image(path):
-        yield Source(path.parent, "images", Taxonomy(()), (SourceImage(path.name, _printable(path.name)),))
+        yield Source(path.parent, "images", Taxonomy(()), (SourceImage(path.name, printable(path.name)),))
     else:
         with archive.extracted(path, limits, check) as found:
             source = read_source(found.folder, limits)
@@ -145,8 +158,8 @@ def read_source(root: Path, limits: Limits = Limits()) -> Source:
     found = {"COCO": bool(coco_files), "YOLO": yolo.is_there(files), "VOC": voc.is_there(files)}
     names = [name for name, is_there in found.items() if is_there]
     if len(names) > 1:
-        raise Invalid(f"The upload holds {' and '.join(names)} labels at once, and which of them are right is not ours to "
-                      "guess. Upload it again with the label files of one format.")
+        raise Invalid(f"The upload holds {' and '.join(names)} labels at once, and which of them are right is not ours "
+                      "to guess. Upload it again with the label files of one format.")
     if found["COCO"]:
         kind, labels = "coco", coco.read(files, coco_files)
     elif found["YOLO"]:
@@ -166,7 +179,8 @@ def read_source(root: Path, limits: Limits = Limits()) -> Source:
     for path in files.others:
         if PurePosixPath(path).suffix.lower() not in _COMPANION_SUFFIXES and not _is_companion(path):
             refused.setdefault(path, "is not an image (JPEG, PNG, BMP, WebP, TIFF or GIF).")
-    images = tuple(SourceImage(path, frame_names[path], labels.images.get(path, ImageLabels())) for path in files.images)
+    images = tuple(SourceImage(path, frame_names[path], labels.images.get(path, ImageLabels()))
+                   for path in files.images)
     return Source(root, kind, labels.taxonomy, images, {**refused, **labels.refused}, labels.warnings)
 
 
@@ -195,7 +209,7 @@ def names_of(paths: tuple[str, ...]) -> dict[str, str]:
         short = stripped
     if len(set(short.values())) < len(short):
         short = below
-    return {path: _printable("/".join(parts)) for path, parts in short.items()}
+    return {path: printable("/".join(parts)) for path, parts in short.items()}
 
 
 def _is_structure(folder: str) -> bool:
@@ -209,7 +223,7 @@ def _without_common_folders(parts: dict[str, tuple[str, ...]]) -> dict[str, tupl
     return {path: one[len(common):] for path, one in parts.items()}
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     return "".join(c if c.isprintable() and c != "\\" else "_" for c in name)
 
 
@@ -227,7 +241,7 @@ def _walk(root: Path, limits: Limits) -> tuple[Files, dict[str, str]]:
             file = Path(folder, name)
             path = file.relative_to(root).as_posix()
             if not file.is_file():
-                refused[_printable(path)] = "is a link to nothing, a device or a pipe; only plain files are taken."
+                refused[printable(path)] = "is a link to nothing, a device or a pipe; only plain files are taken."
             elif _is_image(file):
                 images.append(path)
             else:

@@ -1,7 +1,7 @@
 """PASCAL VOC: JPEGImages/, Annotations/*.xml, ImageSets/Main/{train,val,test,trainval}.txt.
 
-Coordinates are taken and written as they stand (zero-based, as LabelImg and Datumaro write them): the half-pixel question
-of VOC's one-based originals is smaller than an annotator's hand.
+Coordinates are taken and written as they stand (zero-based, as LabelImg and Datumaro write them): the one pixel by
+which VOC's one-based originals differ is smaller than an annotator's hand.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ def is_there(files: Files) -> bool:
     if any("Annotations" in PurePosixPath(path).parts[:-1] for path in paths):
         return True
     for path in paths:
-        with (files.root / path).open("rb") as file:
-            if b"<annotation" in file.read(1024):
+        try:
+            if b"<annotation" in files.data(path)[:1024]:
                 return True
+        except Invalid:
+            continue  # named when it is read, or as what is no image
     return False
 
 
 def read(files: Files) -> Labels:
-    """A picture without an XML file is one that nobody looked at; an XML file without objects says that nothing is there.
+    """A picture without an XML file is one that nobody looked at; an XML file without objects: nothing is there.
 
     The taxonomy is that of labelmap.txt where there is one, else the labels that occur, sorted.
     """
@@ -66,7 +68,7 @@ def read(files: Files) -> Labels:
         known = labels.images.get(image, ImageLabels())
         labels.images[image] = ImageLabels(known.boxes, splits.get(image) or split_of(image), known.size, known.where)
     used = {box.label for one in labels.images.values() for box in one.boxes or ()}
-    labels.taxonomy = Taxonomy(tuple(_labelmap(files))).with_labels(sorted(used))
+    labels.taxonomy = Taxonomy(tuple(_labelmap(files, labels.refused))).with_labels(sorted(used))
     return labels
 
 
@@ -115,8 +117,8 @@ def _parse(data: bytes) -> ElementTree.Element:
     try:
         root = safe_xml.fromstring(data, forbid_dtd=False, forbid_entities=True, forbid_external=True)
     except defusedxml.DefusedXmlException as error:
-        raise Invalid("declares an XML entity or points to another document, which can be used to attack the reader; its "
-                      "labels are left out. Write the names out.") from error
+        raise Invalid("declares an XML entity or points to another document, which can be used to attack the reader; "
+                      "its labels are left out. Write the names out.") from error
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         raise Invalid(f"is not XML ({error}); its labels are left out.") from error
     if root.tag != "annotation":
@@ -167,20 +169,16 @@ def _splits(files: Files, labels: Labels) -> dict[str, str]:
         if name not in lists:
             continue
         split = "train" if name == "trainval" else name
-        try:
-            lines = files.text(lists[name]).splitlines()
-        except Invalid as error:
-            labels.refused[lists[name]] = str(error)
-            continue
-        for line in filter(None, map(str.strip, lines)):
+        for line in files.lines(lists[name], labels.refused):
             # "name", "name 1" (VOC's class lists), or a name with blanks in it; the name may have folders
-            image = next((image for stem in (line, line.split()[0])
-                          if (image := files.find_image(stem) or _beside(files, lists[name], stem) or by_stem.get(stem))),
-                         None)
+            found_for = (files.find_image(stem) or _beside(files, lists[name], stem) or by_stem.get(stem)
+                         for stem in (line, line.split()[0]))
+            image = next(filter(None, found_for), None)
             if image is None:
                 labels.warnings[f"{lists[name]} {line[:80]}"] = "names a picture that is not there."
             elif found.setdefault(image, split) != split and name != "trainval":
-                labels.warnings[f"{lists[name]} {line[:80]}"] = f"stands in the {found[image]} list too; it stays there."
+                labels.warnings[f"{lists[name]} {line[:80]}"] = (f"stands in the {found[image]} list too; it stays "
+                                                                 "there.")
     return found
 
 
@@ -188,12 +186,13 @@ def _beside(files: Files, path: str, stem: str) -> str | None:
     """The picture of that stem in the JPEGImages/ that stands beside the list's ImageSets/."""
     parts = PurePosixPath(path).parts
     base = parts[: parts.index("ImageSets")]
-    images = [image for folder in ("JPEGImages", "images") for image in files.images_of_stem("/".join((*base, folder, stem)))]
+    images = [image for folder in ("JPEGImages", "images")
+              for image in files.images_of_stem("/".join((*base, folder, stem)))]
     return images[0] if len(images) == 1 else None
 
 
-def _labelmap(files: Files) -> list[str]:
+def _labelmap(files: Files, refused: dict[str, str]) -> list[str]:
     path = next((path for path in files.ending(".txt") if PurePosixPath(path).name == "labelmap.txt"), None)
-    lines = files.text(path).splitlines() if path else []
-    names = [usable_label(line.split(":")[0]) for line in lines if line.strip() and not line.startswith("#")]
+    lines = files.lines(path, refused) if path else []
+    names = [usable_label(line.split(":")[0]) for line in lines if not line.startswith("#")]
     return [name for name in dict.fromkeys(names) if name and name != "background"]

@@ -1,4 +1,4 @@
-"""YOLO in Ultralytics' layout: data.yaml, images/, labels/; also images/ + labels/ + classes.txt, and labels beside images."""
+"""YOLO in Ultralytics' layout: data.yaml, images/, labels/; also classes.txt, and labels beside the images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(files: Files) -> Labels:
                                 if isinstance(one, dict) and "names" in one), ("", {}))
     by_id = _class_names(files, config_path, config, labels)
     labels.taxonomy = Taxonomy(tuple(dict.fromkeys(by_id.values())))
-    splits = _splits(files, config_path, config)
+    splits = _splits(files, config_path, config, labels.refused)
     texts = {str(PurePosixPath(path).with_suffix("")): path for path in files.ending(".txt")}
     used = set()
     for image in files.images:
@@ -57,7 +57,8 @@ def read(files: Files) -> Labels:
             continue
         labels.images[image] = ImageLabels(boxes, split, where=path)
     for path in texts.values():
-        if path not in used and "labels" in PurePosixPath(path).parts[:-1] and PurePosixPath(path).name not in NAME_FILES:
+        *folders, name = PurePosixPath(path).parts
+        if path not in used and "labels" in folders and name not in NAME_FILES:
             labels.refused[path] = "there is no picture for these labels; they are left out."
     return labels
 
@@ -94,13 +95,13 @@ def _lines(text: str, path: str, by_id: dict[int, str], refused: dict[str, str])
             continue
         if len(words) != 5:
             hint = " (a polygon? Only boxes are read)" if len(words) > 6 and len(words) % 2 else ""
-            refused[where] = (f"has {len(words)} numbers{hint}; a box has 5: class, centre x, centre y, width, height. The "
-                              "line is left out.")
+            refused[where] = (f"has {len(words)} numbers{hint}; a box has 5: class, centre x, centre y, width, height. "
+                              "The line is left out.")
             continue
         values = tuple(map(number, words))
         if values[0] not in by_id:
-            refused[where] = (f"names class {words[0][:40]!r}, but the classes are {', '.join(map(str, sorted(by_id)))}; the "
-                              "line is left out.")
+            known = ", ".join(map(str, by_id))
+            refused[where] = f"names class {words[0][:40]!r}, but the classes are {known}; the line is left out."
         elif any(not -TOLERANCE <= value <= 1 + TOLERANCE for value in values[1:]):  # NaN compares false: refused too
             refused[where] = (f"has a value outside 0..1 ({' '.join(words[1:])[:80]}); YOLO boxes are relative to the "
                               "picture. The line is left out.")
@@ -125,18 +126,19 @@ def _class_names(files: Files, config_path: str, config: dict[str, Any], labels:
     if names is None:
         for where in sorted(files.others, key=lambda path: (len(PurePosixPath(path).parts), path)):
             if PurePosixPath(where).name in NAME_FILES:
-                names = [line.strip() for line in files.text(where).splitlines() if line.strip()]
+                names = files.lines(where, labels.refused)
                 break
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
-        raise Invalid("The YOLO labels come without class names. Add data.yaml with `names`, or classes.txt with one name a "
-                      "line.")
+        raise Invalid("The YOLO labels come without class names. Add data.yaml with `names`, or classes.txt with one "
+                      "name a line.")
     by_id = {}
     for key, name in names.items():
         label = usable_label(name)
         if label is None or not str(key).isdigit():
-            labels.refused[f"{where} class {key}"] = f"{str(name)[:80]!r} is no usable label; boxes of this class are left out."
+            labels.refused[f"{where} class {key}"] = (f"{str(name)[:80]!r} is no usable label; boxes of this class "
+                                                      "are left out.")
         else:
             by_id[int(key)] = label
     if not by_id:
@@ -144,7 +146,7 @@ def _class_names(files: Files, config_path: str, config: dict[str, Any], labels:
     return dict(sorted(by_id.items()))
 
 
-def _splits(files: Files, config_path: str, config: dict[str, Any]) -> dict[str, str]:
+def _splits(files: Files, config_path: str, config: dict[str, Any], refused: dict[str, str]) -> dict[str, str]:
     """Picture -> split as data.yaml's train, val and test say: folders, or .txt files that list pictures.
 
     A picture in two of them keeps the first (train before val before test): what was trained on is no test.
@@ -161,8 +163,7 @@ def _splits(files: Files, config_path: str, config: dict[str, Any]) -> dict[str,
             tail = "/".join(parts)
             if tail.endswith(".txt"):
                 listed = next((path for path in files.others if path == tail or path.endswith("/" + tail)), None)
-                lines = files.text(listed).splitlines() if listed else []
-                images = [_listed(files, line.strip()) for line in lines if line.strip()]
+                images = [_listed(files, line) for line in (files.lines(listed, refused) if listed else [])]
             else:
                 images = _below(files, base, parts)
             for image in images:

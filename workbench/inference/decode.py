@@ -26,8 +26,8 @@ def decode(card: ModelCard, outputs: Outputs, least: np.ndarray) -> list[Detecti
     outputs  what Backend.run returned
     least    (C,) the confidence a box of each class must exceed
 
-    Raises Invalid, naming the model's file and what was expected, when the outputs do not fit the card's decoder, labels
-    and input size, or hold a NaN or an infinity.
+    Raises Invalid, naming the model's file and what was expected, when the outputs do not fit the card's decoder,
+    labels and input size, or hold a NaN or an infinity.
     """
     for name, output in outputs.items():
         if not np.isfinite(output).all():
@@ -77,7 +77,7 @@ def _nanodet(card: ModelCard, outputs: Outputs, least: np.ndarray) -> list[Detec
     over 0..reg_max strides, whose mean is the distance from the point (column * stride, row * stride).
 
     NanoDet-Plus, nanodet_plus_head.py: get_single_level_center_priors puts points at corners of cells, not in their
-    middle; _forward_onnx applies the sigmoid; levels are ceil(side / stride) cells wide. reg_max is 7 in all its configs.
+    middle; _forward_onnx applies the sigmoid; levels are ceil(side / stride) cells wide; reg_max is 7 in its configs.
     """
     corners, strides = points(card, centre=0)
     bins = int(card.decoder.get("reg_max", 7)) + 1
@@ -121,7 +121,9 @@ _DECODERS: dict[str, Callable[[ModelCard, Outputs, np.ndarray], list[Detections]
     "yolox": _yolox, "nanodet": _nanodet, "fcos": _fcos}
 
 
-def _select(card: ModelCard, scores: np.ndarray, boxes: Callable[[np.ndarray], np.ndarray], least: np.ndarray) -> Detections:
+def _select(
+    card: ModelCard, scores: np.ndarray, boxes: Callable[[np.ndarray], np.ndarray], least: np.ndarray
+) -> Detections:
     if len(scores) and (scores.min() < 0 or scores.max() > 1 + 1e-3):
         raise Invalid(f"{card.onnx} of {card.ref}: scores reach from {scores.min():.3g} to {scores.max():.3g}, the "
                       f"{card.decoder['name']} decoder expects 0..1. Export the model with its sigmoid inside.")
@@ -143,7 +145,9 @@ def _only(card: ModelCard, outputs: Outputs, rows: int, columns: int) -> np.ndar
 
 def _misfit(card: ModelCard, outputs: Outputs, expected: str) -> Invalid:
     given = ", ".join(f"{name} {output.shape}" for name, output in outputs.items())
-    return Invalid(f"{card.onnx} of {card.ref} does not fit the {card.decoder['name']} decoder: for input "
-                   f"{card.input.size[0]}x{card.input.size[1]}, strides {', '.join(map(str, strides_of(card)))} and "
-                   f"{len(card.labels)} labels it expects {expected}, the graph gives {given}. Correct the card's decoder, "
-                   "labels or input size.")
+    return Invalid(
+        f"{card.onnx} of {card.ref} does not fit the {card.decoder['name']} decoder: for input "
+        f"{card.input.size[0]}x{card.input.size[1]}, strides {', '.join(map(str, strides_of(card)))} and "
+        f"{len(card.labels)} labels it expects {expected}, the graph gives {given}. Correct the card's decoder, "
+        "labels or input size."
+    )

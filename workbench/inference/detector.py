@@ -40,7 +40,8 @@ class Detector:
     open_backend           gives the Backend of an .onnx file
     confidence             least confidence of a box; default: the card's
     iou                    NMS threshold; default: the card's
-    confidence_by_label    {label: least confidence}, over `confidence`; default: the card's decoder["confidence_by_label"]
+    confidence_by_label    {label: least confidence}, over `confidence`; default: the card's
+                           decoder["confidence_by_label"]
 
     Opening raises Invalid when a file has another sha256 than the card says or the graph's input is not what the card
     describes.
@@ -58,7 +59,9 @@ class Detector:
             self._least[card.labels.class_id(label)] = least
         self._iou = decoder.get("iou", DEFAULT_IOU) if iou is None else iou
         if not all(0 <= value <= 1 for value in (*self._least, self._iou)):
-            raise Invalid(f"Confidence and IoU thresholds of {card.ref} must lie in 0..1, got {confidence}, {by_label}, {self._iou}.")
+            raise Invalid(
+                f"Thresholds of {card.ref} must lie in 0..1, got {confidence}, {by_label} and IoU {self._iou}."
+            )
         self._most = int(decoder.get("max_detections", MAX_DETECTIONS))
         # mean and std in the order of the card's colours: tensor = (pixel * scale - mean) / std.
         spec = card.input
@@ -119,7 +122,9 @@ class Detector:
     def _finish(self, candidates: Detections, box: Letterbox) -> Detections:
         boxes = box.to_image(candidates.xyxy)
         visible = np.nonzero(((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE_PX).all(axis=1))[0]
-        kept = visible[nms(boxes[visible], candidates.confidence[visible], candidates.class_id[visible], self._iou, self._most)]
+        kept = visible[
+            nms(boxes[visible], candidates.confidence[visible], candidates.class_id[visible], self._iou, self._most)
+        ]
         return Detections(boxes[kept], candidates.class_id[kept], candidates.confidence[kept])
 
     def _check_input(self) -> None:
@@ -128,8 +133,10 @@ class Detector:
         wanted = (1, *sides, 3) if spec.layout == "NHWC" else (1, 3, *sides)
         if len(shape) != 4 or any(given not in (None, need) for given, need in zip(shape[1:], wanted[1:])) or (
                 shape[0] not in (None, 1)):
-            raise Invalid(f"{self.card.onnx} of {self.card.ref}: the graph takes {_shape(shape)}, its card says {spec.layout} "
-                          f"{_shape(wanted)} with a batch of 1 or any. Correct the card's input or export the graph again.")
+            raise Invalid(
+                f"{self.card.onnx} of {self.card.ref}: the graph takes {_shape(shape)}, its card says {spec.layout} "
+                f"{_shape(wanted)} with a batch of 1 or any. Correct the card's input or export the graph again."
+            )
 
 
 def check_card(card: ModelCard, folder: Path, open_backend: OpenBackend) -> dict[str, Any]:
@@ -146,8 +153,10 @@ def check_card(card: ModelCard, folder: Path, open_backend: OpenBackend) -> dict
     with Detector(card, folder, open_backend, confidence=0.0) as detector:
         found, again = detector.detect([sample, sample])
         if len(found) != len(again):
-            raise Invalid(f"{card.onnx} of {card.ref} finds {len(found)} boxes, then {len(again)} in the same image; a graph "
-                          "whose result depends on its batch cannot annotate. Export it in evaluation mode.")
+            raise Invalid(
+                f"{card.onnx} of {card.ref} finds {len(found)} boxes, then {len(again)} in the same image; a graph "
+                "whose result depends on its batch cannot annotate. Export it in evaluation mode."
+            )
         return {**vars(detector.report), "detections": len(found)}
 
 

@@ -34,7 +34,9 @@ class Letterbox:
         return np.asarray(boxes, float).reshape(-1, 4) * (self.scale * 2) + self.offset * 2
 
 
-def letterbox(image: np.ndarray, size: tuple[int, int], padding: str = "topleft", pad: int = 114) -> tuple[np.ndarray, Letterbox]:
+def letterbox(
+    image: np.ndarray, size: tuple[int, int], padding: str = "topleft", pad: int = 114
+) -> tuple[np.ndarray, Letterbox]:
     """Fits an image into `size` without changing its aspect ratio (unless `padding` is "stretch").
 
     image    (H, W, 3) uint8 RGB

@@ -10,7 +10,9 @@ MAX_CANDIDATES = 1000
 MAX_DETECTIONS = 300
 
 
-def nms(boxes: np.ndarray, scores: np.ndarray, class_ids: np.ndarray, iou: float, max_detections: int = MAX_DETECTIONS) -> np.ndarray:
+def nms(
+    boxes: np.ndarray, scores: np.ndarray, class_ids: np.ndarray, iou: float, max_detections: int = MAX_DETECTIONS
+) -> np.ndarray:
     """Indices of the boxes that stay, highest score first: greedy, a box goes when a better one of its class overlaps
     it by more than `iou`.
 
@@ -21,7 +23,9 @@ def nms(boxes: np.ndarray, scores: np.ndarray, class_ids: np.ndarray, iou: float
     boxes = np.asarray(boxes, float)
     xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     # OpenCV drops scores <= its threshold, so the threshold lies below all of them.
-    kept = cv2.dnn.NMSBoxesBatched(xywh, np.asarray(scores, np.float32), np.asarray(class_ids, np.int32), -1.0, float(iou))
+    kept = cv2.dnn.NMSBoxesBatched(
+        xywh, np.asarray(scores, np.float32), np.asarray(class_ids, np.int32), -1.0, float(iou)
+    )
     return np.asarray(kept, int).reshape(-1)[:max_detections]
 
 

@@ -29,8 +29,15 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def detect_frames(detector: Detector, frames: Iterable[tuple[T, Frame]], read: Callable[[Frame], bytes], *, batch: int = 1,
-                  threads: int = 2, ahead: int = 8) -> Iterator[tuple[T, Detections | WorkbenchError]]:
+def detect_frames(
+    detector: Detector,
+    frames: Iterable[tuple[T, Frame]],
+    read: Callable[[Frame], bytes],
+    *,
+    batch: int = 1,
+    threads: int = 2,
+    ahead: int = 8,
+) -> Iterator[tuple[T, Detections | WorkbenchError]]:
     """Yields (what came with the frame, its detections) in the order of `frames`.
 
     read     gives a frame's image file, in a thread

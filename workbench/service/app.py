@@ -51,7 +51,8 @@ def create(config: Config | None = None) -> FastAPI:
         if not config.service_token:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), config.service_token.encode()):
+        # Starlette decodes headers as Latin-1: these are the bytes that were sent.
+        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode("latin-1"), config.service_token.encode()):
             raise Refused("This service asks for its token: send the header 'Authorization: Bearer <service_token>'.")
 
     @app.get("/alive")

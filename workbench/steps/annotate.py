@@ -95,25 +95,37 @@ def annotate(dataset: str, model: str, *, run_id: str, server: AnnotationServer,
     """
     wrong = sorted(set(statuses) - {"new", "annotated"})
     if wrong or not statuses:
-        raise Invalid(f"A machine run works on new or annotated frames, not on {', '.join(map(repr, wrong)) or 'none'}.")
+        raise Invalid(
+            f"A machine run works on new or annotated frames, not on {', '.join(map(repr, wrong)) or 'none'}."
+        )
     card, folder = models.card(model), models.folder(model)
     taxonomy = Taxonomy(server.task(dataset).labels)
     labels = preview_labels(card, taxonomy, renames)
     if not labels.pairs:
-        raise Invalid(f"{model} and data set {dataset} share no label: the model knows {_some(card.labels)}, the data set "
-                      f"{_some(taxonomy)}. Map labels by hand (renames), or add the model's labels to the data set.")
+        raise Invalid(
+            f"{model} and data set {dataset} share no label: the model knows {_some(card.labels)}, the data set "
+            f"{_some(taxonomy)}. Map labels by hand (renames), or add the model's labels to the data set."
+        )
     tally, holder, started = _Tally(labels), f"run:{run_id}", time.monotonic()
     thresholds = {} if confidence is None else {"confidence": confidence, "confidence_by_label": {}}
     with Detector(card, folder, open_backend, **thresholds) as detector:
-        is_repeat = _begin(records, dataset, run_id, {
-            "model": model, "statuses": sorted(statuses), "confidence": confidence, "renames": renames or {}}, card.source)
+        is_repeat = _begin(
+            records,
+            dataset,
+            run_id,
+            {"model": model, "statuses": sorted(statuses), "confidence": confidence, "renames": renames or {}},
+            card.source,
+        )
         if not len(taxonomy):
             server.open_task(dataset, card.labels)
         if is_repeat:
             # Its frames have left the statuses asked for, so they are looked for everywhere.
             for working in _read_all(server, dataset, job):
                 tally.count(working, run_id)
-        names = sorted({name for status in statuses for name in server.frame_names(dataset, status)} - tally.written.keys())
+            _release_all(records, dataset, holder)
+        names = sorted(
+            {name for status in statuses for name in server.frame_names(dataset, status)} - tally.written.keys()
+        )
         before, total = len(tally.written), len(tally.written) + len(names)
         job.progress(before, total, model)
         stream = detect_frames(detector, _pixels(server, dataset, names, tally), lambda frame: blobs.get(frame.blob))
@@ -132,11 +144,20 @@ def annotate(dataset: str, model: str, *, run_id: str, server: AnnotationServer,
                 tally.count(working, run_id)
             job.progress(before + tally.failed + tally.detected, total, model)
         report = tally.report(dataset, model, run_id, vars(detector.report), time.monotonic() - started)
-    records.add("machine_runs", dataset, run_id, card.source, {"is_finished": True, **report.to_json()}, key=f"{run_id}/finished")
+    records.add(
+        "machine_runs",
+        dataset,
+        run_id,
+        card.source,
+        {"is_finished": True, **report.to_json()},
+        key=f"{run_id}/finished",
+    )
     return report
 
 
-def undo_run(dataset: str, run_id: str, *, server: AnnotationServer, records: Records, job: Job, batch: int = 100) -> UndoReport:
+def undo_run(
+    dataset: str, run_id: str, *, server: AnnotationServer, records: Records, job: Job, batch: int = 100
+) -> UndoReport:
     """Takes a run back on every frame nobody has reviewed since; what people did since stays.
 
     Can be repeated: frames that were taken back before are no longer the run's. Raises Invalid for a run that the data
@@ -144,6 +165,8 @@ def undo_run(dataset: str, run_id: str, *, server: AnnotationServer, records: Re
     """
     if not records.entries("machine_runs", dataset, run_id, limit=1):
         raise Invalid(f"Data set {dataset} has no machine run {run_id!r}; the annotate page lists its runs.")
+    holder = f"undo:{run_id}"
+    _release_all(records, dataset, holder)
     names = [working.frame.name for working in _read_all(server, dataset, job)
              if any(run.run_id == run_id and not run.is_undone for run in working.runs)]
     skipped: Counter[str] = Counter()
@@ -159,7 +182,7 @@ def undo_run(dataset: str, run_id: str, *, server: AnnotationServer, records: Re
     done = 0
     for group in _groups(names, batch):
         job.check()
-        done += len(_write(server, records, dataset, f"undo:{run_id}", group, skipped, taken_back))
+        done += len(_write(server, records, dataset, holder, group, skipped, taken_back))
         job.progress(done + skipped.total(), len(names), run_id)
     # Frames that were held or lie under a later run can be taken back later, so the run is not over with before.
     if skipped.total() == skipped["reviewed"]:
@@ -212,7 +235,9 @@ def _pixels(server: AnnotationServer, dataset: str, names: list[str], tally: _Ta
                 yield name, working.frame
 
 
-def _annotations(found: Detections, card: ModelCard, labels: LabelMap, run_id: str, name: str, tally: _Tally) -> tuple[Annotation, ...]:
+def _annotations(
+    found: Detections, card: ModelCard, labels: LabelMap, run_id: str, name: str, tally: _Tally
+) -> tuple[Annotation, ...]:
     """Detections as annotations of the data set; the index in the id counts all boxes, drawn or left out."""
     tally.detected += 1
     drawn = []
@@ -228,8 +253,15 @@ def _annotations(found: Detections, card: ModelCard, labels: LabelMap, run_id: s
     return tuple(drawn)
 
 
-def _write(server: AnnotationServer, records: Records, dataset: str, holder: str, names: Iterable[str], skipped: Counter[str],
-           change: Callable[[WorkingFrame], WorkingFrame]) -> list[WorkingFrame]:
+def _write(
+    server: AnnotationServer,
+    records: Records,
+    dataset: str,
+    holder: str,
+    names: Iterable[str],
+    skipped: Counter[str],
+    change: Callable[[WorkingFrame], WorkingFrame],
+) -> list[WorkingFrame]:
     """Changes frames under a lease each, reading them afresh; returns those it wrote.
 
     The lease covers reading and writing, not the detection before: a person who opens a frame meanwhile is not kept
@@ -256,6 +288,11 @@ def _write(server: AnnotationServer, records: Records, dataset: str, holder: str
     finally:
         records.release(dataset, names, holder)
     return written
+
+
+def _release_all(records: Records, dataset: str, holder: str) -> None:
+    """Gives back what a killed attempt still holds, so that people need not wait for its leases to run out."""
+    records.release(dataset, [name for name, who in records.leased(dataset).items() if who == holder], holder)
 
 
 def _read_all(server: AnnotationServer, dataset: str, job: Job) -> Iterator[WorkingFrame]:

@@ -36,7 +36,8 @@ class Offer:
     metrics: dict[str, Any]
 
 
-def deploy(dataset: str, model: str, *, models: ModelStore, records: Records, tracker: Tracker, person: str) -> Deployment:
+def deploy(dataset: str, model: str, *, models: ModelStore, records: Records, tracker: Tracker,
+           person: str) -> Deployment:
     """Enters the deployment into the ledger and sets the alias `deployed` where the tracker knows the model.
 
     Deploying what is deployed changes nothing. An older model is deployed again the same way: the newest entry counts.

@@ -51,17 +51,25 @@ class Evaluation:
     run_id: str = ""
 
     def to_json(self, with_boxes: bool = True) -> dict[str, Any]:
-        """Plain JSON; the boxes to draw ("found") are those at or above the operating threshold: [x1, y1, x2, y2, label,
-        confidence] per frame."""
+        """Plain JSON; "found" has the boxes to draw, those at or above the operating threshold: frame name ->
+        [[x1, y1, x2, y2, label, confidence], ...]."""
         record = {name: getattr(self, name) for name in ("model", "version", "digest", "split", "seconds", "backend",
                                                          "least_confidence", "run_id")}
         record |= {"metrics": self.metrics.to_json(), "unmatched_labels": list(self.unmatched_labels),
                    "unreached_labels": list(self.unreached_labels)}
         if with_boxes:
-            record["found"] = {name: [
-                [*(round(float(value), 2) for value in xyxy), self.metrics.labels[class_id], round(float(confidence), 4)]
-                for xyxy, class_id, confidence in zip(boxes.xyxy, boxes.class_id, boxes.confidence)
-                if confidence >= self.metrics.confidence] for name, boxes in self.found.items()}
+            record["found"] = {
+                name: [
+                    [
+                        *(round(float(value), 2) for value in xyxy),
+                        self.metrics.labels[class_id],
+                        round(float(confidence), 4),
+                    ]
+                    for xyxy, class_id, confidence in zip(boxes.xyxy, boxes.class_id, boxes.confidence)
+                    if confidence >= self.metrics.confidence
+                ]
+                for name, boxes in self.found.items()
+            }
         return record
 
 
@@ -71,8 +79,8 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
 
     model, version  references, student@3 and cells@1.0.0
     split           train, val or test
-    tracker         keeps the result as a run of the experiment <data set>/evaluations; the same job again finds its run.
-                    None: nothing is kept
+    tracker         keeps the result as a run of the experiment <data set>/evaluations; the same job again finds its
+                    run. None: nothing is kept
 
     Frames nobody looked at take no part. Raises Invalid when the split has no labelled box, a frame cannot be read (a
     score on fewer frames would be another score), or the model shares no label with the data set.
@@ -84,7 +92,9 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
     record, manifest = store.version(version), store.manifest(version)
     frames = manifest.split(split)
     if not any(one.annotations for one in frames):
-        raise Invalid(f"{version} has no labelled box in its {split} split. Review frames of that split and publish a new version.")
+        raise Invalid(
+            f"{version} has no labelled box in its {split} split. Review frames of that split and publish a version."
+        )
     labels = card.labels.map_to(manifest.taxonomy)
     if not labels.pairs:
         raise Invalid(f"{model} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
@@ -93,7 +103,9 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
     found: dict[str, Detections] = {}
     with Detector(card, folder, open_backend, confidence=LEAST_CONFIDENCE, confidence_by_label={}) as detector:
         backend = vars(detector.report)
-        stream = detect_frames(detector, ((one.frame.name, one.frame) for one in frames), lambda frame: blobs.get(frame.blob))
+        stream = detect_frames(
+            detector, ((one.frame.name, one.frame) for one in frames), lambda frame: blobs.get(frame.blob)
+        )
         for name, detections in stream:
             job.check()
             if isinstance(detections, WorkbenchError):
@@ -103,8 +115,18 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
             job.progress(len(found), len(frames), f"{model} on {version}/{split}")
     metrics = score({one.frame.name: one.annotations for one in frames}, found, manifest.taxonomy,
                     confidence=card.decoder.get("confidence", DEFAULT_CONFIDENCE))
-    evaluation = Evaluation(model, version, record.digest, split, metrics, found, round(time.monotonic() - started, 3), backend,
-                            unmatched_labels=labels.unmatched, unreached_labels=labels.unreached)
+    evaluation = Evaluation(
+        model,
+        version,
+        record.digest,
+        split,
+        metrics,
+        found,
+        round(time.monotonic() - started, 3),
+        backend,
+        unmatched_labels=labels.unmatched,
+        unreached_labels=labels.unreached,
+    )
     if tracker is None:
         return evaluation
     return _tracked(evaluation, tracker, job)
@@ -126,17 +148,35 @@ def translated(detections: Detections, translate: np.ndarray) -> Detections:
 def _tracked(evaluation: Evaluation, tracker: Tracker, job: Job) -> Evaluation:
     dataset, _ = parse_ref(evaluation.version)
     metrics = evaluation.metrics
-    tags = {"model": evaluation.model, "version": evaluation.version, "digest": evaluation.digest, "split": evaluation.split}
+    tags = {
+        "model": evaluation.model,
+        "version": evaluation.version,
+        "digest": evaluation.digest,
+        "split": evaluation.split,
+    }
     # One job may evaluate several models (a promotion does), so the model is part of the run's identity.
-    run_id = tracker.start_run(f"{dataset}/evaluations", f"{evaluation.model} on {evaluation.version}/{evaluation.split}",
-                               {**tags, "job": f"{job.id}:{evaluation.model}:{evaluation.version}/{evaluation.split}"})
+    run_id = tracker.start_run(
+        f"{dataset}/evaluations",
+        f"{evaluation.model} on {evaluation.version}/{evaluation.split}",
+        {**tags, "job": f"{job.id}:{evaluation.model}:{evaluation.version}/{evaluation.split}"},
+    )
     kept = Evaluation(**{**vars(evaluation), "run_id": run_id})
     values = {name: value for name, value in metrics.coco.items() if value is not None}
     values |= {f"ap/{_metric_name(label)}": row["ap"] for label, row in metrics.per_class.items()}
     values |= {"best_f1": metrics.best_f1, "best_confidence": metrics.best_confidence, "seconds": evaluation.seconds}
-    tracker.log(run_id, params={**tags, "frames": metrics.frames, "truth": metrics.truth, **evaluation.backend,
-                                "confidence": metrics.confidence, "least_confidence": evaluation.least_confidence},
-                metrics=values)
+    # What ran it goes to the tags: a repeat elsewhere may change it, and the tracker's parameters never change.
+    tracker.log(
+        run_id,
+        params={
+            **tags,
+            "frames": metrics.frames,
+            "truth": metrics.truth,
+            "confidence": metrics.confidence,
+            "least_confidence": evaluation.least_confidence,
+        },
+        metrics=values,
+        tags=evaluation.backend,
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "evaluation.json"
         file.write_text(json.dumps(kept.to_json(), ensure_ascii=False, allow_nan=False))

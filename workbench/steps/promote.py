@@ -1,4 +1,4 @@
-"""Promote: champion and challenger are measured now, by the same code on the same frozen frames; the better one leads."""
+"""Promote: champion and challenger are measured now, by the same code on the same frames; the better one leads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PRIMARY = ("map_50_95", "map_50")
 class Decision:
     """Who leads from now on and why.
 
-    challenger, champion  {"model", "map_50_95", "map_50", "per_class": {label: AP}, "sha256", "trained_on"}, scores None
-                          where a refusal came first; champion is the one that led before, None when there was none
+    challenger, champion  {"model", "map_50_95", "map_50", "per_class": {label: AP}, "sha256", "trained_on"}, scores
+                          None where a refusal came first; champion is the one that led before, None when there was none
     promoted              the challenger leads now
     reason                one sentence for a person
     """
@@ -49,14 +49,14 @@ class Decision:
 
 
 def promote(
-    dataset: str, candidate: str, version: str, *, split: str = "test", margin: float = MARGIN, primary: str = "map_50_95",
-    max_class_drop: float | None = None, models: ModelStore, store: DatasetStore, blobs: Blobs, tracker: Tracker,
-    records: Records, open_backend: OpenBackend, job: Job, person: str,
+    dataset: str, candidate: str, version: str, *, split: str = "test", margin: float = MARGIN,
+    primary: str = "map_50_95", max_class_drop: float | None = None, models: ModelStore, store: DatasetStore,
+    blobs: Blobs, tracker: Tracker, records: Records, open_backend: OpenBackend, job: Job, person: str,
 ) -> Decision:
     """Scores candidate and champion on a split of a version and gives the alias `champion` to the better one.
 
-    The candidate has to be better by more than `margin`; the champion of before keeps the alias `previous`. The decision
-    with both scores is one entry of the ledger "promotions"; the same job again returns it and adds nothing.
+    The candidate has to be better by more than `margin`; the champion of before gets the alias `previous`. The
+    decision with both scores is one entry of the ledger "promotions"; the same job again returns it and adds nothing.
 
     version         reference of the data set version whose split both are scored on
     max_class_drop  no label's AP may fall by more than this; None: labels may be traded against each other
@@ -76,10 +76,11 @@ def promote(
             raise Invalid(f"{candidate} is not a registered version of {name}; there are "
                           f"{', '.join(registered) or 'none'}. Retrain on {dataset} to get one.")
         champion = tracker.by_alias(name, "champion")
-        decision = _decide(dataset, candidate, f"{name}@{champion.version}" if champion else None, version, split, margin, primary,
-                           max_class_drop, models, store, blobs, tracker, open_backend, job)
+        decision = _decide(dataset, candidate, f"{name}@{champion.version}" if champion else None, version, split,
+                           margin, primary, max_class_drop, models, store, blobs, tracker, open_backend, job)
         # First the ledger, then the aliases: a kill between the two is mended by the repeat, which finds the entry.
-        records.add("promotions", dataset, candidate, person, {**decision.to_json(), "job": job.id, "key": key}, key=key)
+        facts = {**decision.to_json(), "job": job.id, "key": key}
+        records.add("promotions", dataset, candidate, person, facts, key=key)
     _apply(decision, name, dataset, key, tracker, records, models)
     job.log(decision.reason)
     return decision
@@ -92,11 +93,13 @@ def _recorded(records: Records, dataset: str, key: str) -> Decision | None:
     return None
 
 
-def _apply(decision: Decision, name: str, dataset: str, key: str, tracker: Tracker, records: Records, models: ModelStore) -> None:
+def _apply(decision: Decision, name: str, dataset: str, key: str, tracker: Tracker, records: Records,
+           models: ModelStore) -> None:
     candidate = decision.challenger["model"]
     run_id = models.card(candidate).run_id
     if run_id:
-        tracker.log(run_id, tags={"promotion": "champion" if decision.promoted else "kept out", "promotion_reason": decision.reason,
+        tracker.log(run_id, tags={"promotion": "champion" if decision.promoted else "kept out",
+                                  "promotion_reason": decision.reason,
                                   "promotion_on": f"{decision.version}/{decision.split}"})
     newest = records.entries("promotions", dataset, limit=1)[0].facts.get("key")
     # A job repeated long after must not undo a later decision.
@@ -113,24 +116,25 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
     record, manifest = store.version(version), store.manifest(version)
     frames = manifest.split(split)
     if not any(one.annotations for one in frames):
-        raise Invalid(f"{version} has no labelled box in its {split} split, so nothing can be compared. Accept labelled frames of "
-                      f"that split (upload gives every frame a split and `--split {split}` sets it) and publish a version.")
+        raise Invalid(f"{version} has no labelled box in its {split} split, so nothing can be compared. Accept "
+                      f"labelled frames of that split (upload gives every frame a split and `--split {split}` sets it) "
+                      "and publish a version.")
     cards = {ref: models.card(ref) for ref in (candidate, champion) if ref}
     scores: dict[str, dict[str, Any]] = {
-        ref: {"model": ref, "sha256": card.files[card.onnx]["sha256"], "trained_on": card.trained_on, "map_50_95": None, "map_50": None,
-              "per_class": {}} for ref, card in cards.items()}
+        ref: {"model": ref, "sha256": card.files[card.onnx]["sha256"], "trained_on": card.trained_on,
+              "map_50_95": None, "map_50": None, "per_class": {}} for ref, card in cards.items()}
 
     def decided(promoted: bool, reason: str, leaked: int = 0) -> Decision:
         before = scores[champion] if champion else None
-        return Decision(dataset, version, split, promoted, reason, primary, margin, scores[candidate], before, record.digest,
-                        len(frames), leaked)
+        return Decision(dataset, version, split, promoted, reason, primary, margin, scores[candidate], before,
+                        record.digest, len(frames), leaked)
 
     for ref, card in cards.items():
         leaked = _leaked(card, manifest, split, store, models, job)
         if leaked:
-            return decided(False, f"Refused: {len(leaked)} of {len(frames)} {split} frames of {version} were in the training or "
-                                  f"validation data of {ref}, for example {leaked[0]}; its score would be flattered. Compare on a "
-                                  "version and split that neither was trained on.", len(leaked))
+            return decided(False, f"Refused: {len(leaked)} of {len(frames)} {split} frames of {version} were in the "
+                                  f"training or validation data of {ref}, for example {leaked[0]}; its score would be "
+                                  "flattered. Compare on a version and split that neither was trained on.", len(leaked))
     if candidate == champion:
         return decided(False, f"{candidate} is the champion already.")
     for ref, card in cards.items():
@@ -149,8 +153,8 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
     return decided(*verdict(scores[candidate], scores[champion] if champion else None, margin, primary, max_class_drop))
 
 
-def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin: float = MARGIN, primary: str = "map_50_95",
-            max_class_drop: float | None = None) -> tuple[bool, str]:
+def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin: float = MARGIN,
+            primary: str = "map_50_95", max_class_drop: float | None = None) -> tuple[bool, str]:
     """(does the challenger lead, why) by two sets of scores that were measured on the same frames."""
     for one in (challenger, champion):
         if one is not None and not all(math.isfinite(one[key]) for key in PRIMARY):
@@ -159,7 +163,8 @@ def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin:
     if champion is None:
         if new > 0:
             return True, f"{challenger['model']} scores {primary} {new:.4f} and is the first champion."
-        return False, f"{challenger['model']} scores {primary} 0: it finds nothing, and a first champion has to find something."
+        return False, (f"{challenger['model']} scores {primary} 0: it finds nothing, and a first champion has to find "
+                       "something.")
     old = champion[primary]
     told = f"{challenger['model']} scores {primary} {new:.4f}, {champion['model']} {old:.4f}"
     # Scores come from float sums; 1e-9 keeps "exactly the margin" on the champion's side whatever their last bit is.
@@ -168,12 +173,13 @@ def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin:
     drops = {label: ap - challenger["per_class"].get(label, 0.0) for label, ap in champion["per_class"].items()}
     worst = max(drops, key=lambda label: drops[label], default=None)
     if max_class_drop is not None and worst is not None and drops[worst] > max_class_drop + 1e-9:
-        return False, (f"{told}: better on the whole, but {worst!r} falls by {drops[worst]:.4f}, more than {max_class_drop:g}; "
-                       "the champion stays.")
+        return False, (f"{told}: better on the whole, but {worst!r} falls by {drops[worst]:.4f}, more than "
+                       f"{max_class_drop:g}; the champion stays.")
     return True, f"{told}: better by {new - old:.4f} (more than {margin:g}), the new champion."
 
 
-def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore, models: ModelStore, job: Job) -> list[str]:
+def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore, models: ModelStore,
+            job: Job) -> list[str]:
     """Names of the split's frames whose pixels a model, or one it was started from, was trained or tuned on."""
     seen: set[str] = set()
     followed: set[str] = set()
@@ -184,7 +190,8 @@ def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore
                 trained = store.manifest(ref)
                 seen |= {one.frame.blob for part in ("train", "val") for one in trained.split(part)}
             else:
-                job.log(f"{card.ref} does not say what it was trained on: whether it has seen {split} frames cannot be checked.")
+                job.log(f"{card.ref} does not say what it was trained on: whether it has seen {split} frames cannot be "
+                        "checked.")
             base = card.trained_on.get("base_model")
             if not base or base in followed:
                 break

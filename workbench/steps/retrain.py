@@ -17,7 +17,7 @@ from typing import Any
 
 from workbench.blobs import Blobs
 from workbench.dataset import DatasetVersion, Manifest, parse_ref
-from workbench.errors import Cancelled, Conflict, Invalid, Unavailable
+from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable
 from workbench.formats.checkout import write_checkout
 from workbench.inference.detector import OpenBackend, check_card
 from workbench.inference.graph import file_record
@@ -32,17 +32,22 @@ RECIPE = "efficientnet_lite0_fcos"
 MODEL_FILES = ("model.onnx", "weights.pt")
 # Fewer true boxes say too little about one label: then the threshold of all labels together holds for it.
 MIN_TRUTH = 20
+RESULTS = ("model.onnx", "card.json", "metrics.json")
+# The tracker failed, not the training; sysexits.h calls it EX_TEMPFAIL.
+TRY_AGAIN = 75
 # `mlflow run` without its command line, whose import takes another 3 s.
-MLFLOW_RUN = """
+MLFLOW_RUN = f"""
 import json, sys
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.projects import run
 try:
     run(".", env_manager="local", **json.loads(sys.argv[1]))
-except MlflowException as error:
+except ExecutionException as error:
     sys.exit(str(error))
+except MlflowException as error:
+    print(error, file=sys.stderr)
+    sys.exit({TRY_AGAIN})
 """
-RESULTS = ("model.onnx", "card.json", "metrics.json")
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ def retrain(
         asked = {"version": version_ref, "recipe": recipe, "params": params or {}, "base_model": base_model}
         before = training.read("request.json")
         if before is not None and before["asked"] != asked:
-            raise Conflict(f"Job {job.id} is already a training of {before['asked']}; start another job for another one.")
+            raise Conflict(f"Job {job.id} is already a training of {before['asked']}; start another job for another "
+                           "one.")
         done = training.read("trained.json")
         if done is not None:
             return Trained(**done)
@@ -101,19 +107,21 @@ def retrain(
         chosen = read_recipe(project, recipe, before["commit"] if before else None)
         version, manifest = store.version(version_ref), store.manifest(version_ref)
         if not any(one.annotations for one in manifest.split("train")):
-            raise Invalid(f"{version_ref} has no box in its train split. Accept labelled frames, publish a version, retrain on that.")
+            raise Invalid(f"{version_ref} has no box in its train split. Accept labelled frames, publish a version and "
+                          "retrain on that.")
         arguments = _arguments(chosen, training, params or {}, name, base_model, models)
         if before is None:
             training.write("request.json", {"asked": asked, "commit": chosen.commit, "started_at": time.time()})
         run_id = tracker.start_run(version.dataset, f"{recipe} on {version_ref}", {
-            "job": job.id, "kind": "training", "dataset": version_ref, "dataset_digest": version.digest, "recipe": recipe,
-            "commit": chosen.commit, "person": person, "base_model": base_model or ""})
+            "job": job.id, "kind": "training", "dataset": version_ref, "dataset_digest": version.digest,
+            "recipe": recipe, "commit": chosen.commit, "person": person, "base_model": base_model or ""})
         try:
             if training.exit_code() is None:
                 if training.processes():
                     job.log("The training process of an earlier worker is still at work; it goes on.")
                 else:
-                    _start(training, chosen, arguments, project, home / "recipes", manifest, version, blobs, tracker, run_id, job)
+                    _start(training, chosen, arguments, project, home / "recipes", manifest, version, blobs, tracker,
+                           run_id, job)
                 training.follow(job)
             metrics = _results(training)
             _log_epochs(training, tracker, run_id)
@@ -126,8 +134,8 @@ def retrain(
         except Cancelled:
             tracker.finish_run(run_id, "KILLED")
             raise
-        except Invalid:
-            _fail(training, tracker, run_id)
+        except (Invalid, NotFound):
+            tracker.finish_run(run_id, "FAILED")
             raise
         tracker.finish_run(run_id, "FINISHED")
         seconds = training.ended_at() - training.read("request.json")["started_at"]
@@ -135,7 +143,8 @@ def retrain(
         training.write("trained.json", trained.to_json())
         # The model, the run and the log stay; what can be made again goes.
         discard(project, home / "recipes", training.folder / "code")
-        shutil.rmtree(training.folder / "data", ignore_errors=True)
+        for folder in ("data", "model", "fetched"):
+            shutil.rmtree(training.folder / folder, ignore_errors=True)
         epochs = len(training.history())
         job.progress(epochs, epochs, trained.model)
         return trained
@@ -164,8 +173,8 @@ def _arguments(recipe: Recipe, training: Training, params: dict[str, Any], name:
     return recipe.arguments(params, ours)
 
 
-def _start(training: Training, recipe: Recipe, arguments: dict[str, str], project: Path, mirrors: Path, manifest: Manifest,
-           version: DatasetVersion, blobs: Blobs, tracker: Tracker, run_id: str, job: Job) -> None:
+def _start(training: Training, recipe: Recipe, arguments: dict[str, str], project: Path, mirrors: Path,
+           manifest: Manifest, version: DatasetVersion, blobs: Blobs, tracker: Tracker, run_id: str, job: Job) -> None:
     """Lays out data and code and starts `mlflow run` on them."""
     if recipe.uncommitted:
         job.log(f"Uncommitted changes are left out, commit {recipe.commit[:12]} runs: {', '.join(recipe.uncommitted)}.")
@@ -177,7 +186,8 @@ def _start(training: Training, recipe: Recipe, arguments: dict[str, str], projec
     check_out(project, recipe.commit, mirrors, training.folder / "code")
     tracker.log(run_id, params={key: value for key, value in arguments.items() if not value.startswith("/")})
     command = [sys.executable, "-c", MLFLOW_RUN, json.dumps(
-        {"run_id": run_id, "experiment_name": version.dataset, "parameters": arguments})]
+        {"run_id": run_id, "experiment_name": version.dataset, "parameters": arguments,
+         "storage_dir": str(training.folder / "fetched")})]
     job.log(f"{recipe.name} at {recipe.commit} trains on {version.ref}; its log is {training.log}.")
     job.progress(0, 0, "starting")
     training.start(command, {
@@ -187,19 +197,25 @@ def _start(training: Training, recipe: Recipe, arguments: dict[str, str], projec
         "MLFLOW_TRACKING_URI": tracker.url, "MLFLOW_RUN_ID": run_id, "MLFLOW_EXPERIMENT_NAME": version.dataset,
         # A server that went away holds a training up for half a minute, not for MLflow's own several.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }, training.folder / "code" / recipe.folder)
 
 
 def _results(training: Training) -> dict[str, Any]:
-    """metrics.json of a training that ended well. Raises Invalid for one that did not, with the end of its log."""
+    """metrics.json of a training that ended well. Raises Invalid for one that did not, with the end of its log, and
+    Unavailable when it was only the tracker that failed."""
     code = training.exit_code()
-    if code != 0:
-        how = f"ended with exit code {code}" if code is not None else "was killed from outside (is there enough memory?)"
-        raise Invalid(f"The training {how}. {_end_of_log(training)}")
     missing = [name for name in RESULTS if not (training.output / name).is_file()]
+    if code == TRY_AGAIN and missing:
+        training.forget_end()
+        raise Unavailable("The training stopped because MLflow did not answer; run it again, it goes on. "
+                          f"{_end_of_log(training)}")
+    if code not in (0, TRY_AGAIN):
+        how = "was killed from outside (is there enough memory?)" if code is None else f"ended with exit code {code}"
+        raise Invalid(f"The training {how}. {_end_of_log(training)}")
     if missing:
-        raise Invalid(f"The training ended without an error but left no {', '.join(missing)} in {training.output}; a recipe "
-                      f"writes {', '.join(RESULTS)} (docs/adopting.md). {_end_of_log(training)}")
+        raise Invalid(f"The training ended without an error but left no {', '.join(missing)} in {training.output}; a "
+                      f"recipe writes {', '.join(RESULTS)} (docs/adopting.md). {_end_of_log(training)}")
     try:
         metrics = json.loads((training.output / "metrics.json").read_text())
     except ValueError as error:
@@ -208,8 +224,8 @@ def _results(training: Training) -> dict[str, Any]:
         raise Invalid(f"{training.output / 'metrics.json'} is no JSON object. {_end_of_log(training)}")
     for place, value in _numbers({"metrics.json": metrics, "history.jsonl": training.history()[-1:]}):
         if not math.isfinite(value):
-            raise Invalid(f"The training's {place} is {value}: it did not learn. Lower the learning rate or look for damaged "
-                          f"frames. {_end_of_log(training)}")
+            raise Invalid(f"The training's {place} is {value}: it did not learn. Lower the learning rate or look for "
+                          f"damaged frames. {_end_of_log(training)}")
     return metrics
 
 
@@ -239,17 +255,9 @@ def _log_epochs(training: Training, tracker: Tracker, run_id: str) -> None:
             tracker.log(run_id, metrics=missing, step=int(row["epoch"]))
 
 
-def _fail(training: Training, tracker: Tracker, run_id: str) -> None:
-    try:
-        tracker.finish_run(run_id, "FAILED")
-    except Unavailable:
-        # `mlflow run` itself fails without its server: the next attempt goes on from the checkpoint.
-        training.forget_end()
-        raise
-
-
-def _publish(training: Training, name: str, run_id: str, manifest: Manifest, version: DatasetVersion, metrics: dict[str, Any],
-             base_model: str | None, store: DatasetStore, blobs: Blobs, tracker: Tracker, open_backend: OpenBackend, job: Job) -> dict[str, Any]:
+def _publish(training: Training, name: str, run_id: str, manifest: Manifest, version: DatasetVersion,
+             metrics: dict[str, Any], base_model: str | None, store: DatasetStore, blobs: Blobs, tracker: Tracker,
+             open_backend: OpenBackend, job: Job) -> dict[str, Any]:
     """Tries the model out, chooses its confidence on the val split and makes it a version in the tracker's registry.
 
     Leaves the files in `<training>/model` and the final card in `<training>/card.json`, which it returns.
@@ -262,8 +270,8 @@ def _publish(training: Training, name: str, run_id: str, manifest: Manifest, ver
     card = _card(training.output / "card.json", name, {file: file_record(staged / file) for file in files})
     foreign = [label for label in card.labels.labels if label not in manifest.taxonomy]
     if foreign:
-        raise Invalid(f"The trained model knows {', '.join(foreign)}, {version.ref} does not; its recipe has to take the labels "
-                      "from train.json.")
+        raise Invalid(f"The trained model knows {', '.join(foreign)}, {version.ref} does not; its recipe has to take "
+                      "the labels from train.json.")
     report = check_card(card, staged, open_backend)
     job.log(f"The model runs on {report['library']}, {report['device']}, {report['precision']}.")
     chosen, measured = _operating_point(card, staged, manifest, version, metrics, store, blobs, open_backend, job)
@@ -281,8 +289,9 @@ def _publish(training: Training, name: str, run_id: str, manifest: Manifest, ver
     return record
 
 
-def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version: DatasetVersion, metrics: dict[str, Any],
-                     store: DatasetStore, blobs: Blobs, open_backend: OpenBackend, job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version: DatasetVersion,
+                     metrics: dict[str, Any], store: DatasetStore, blobs: Blobs, open_backend: OpenBackend,
+                     job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """({"confidence": ...} for the card's decoder, its metrics): the threshold of the best F1 on the val split.
 
     Without a val split the recipe's own figures stand, and its threshold where it names one.
@@ -296,12 +305,14 @@ def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version:
         return chosen, {**own, "on": "frames the recipe held out of the train split"}
     found = evaluate(card.ref, version.ref, "val", models=_Unregistered(card, folder), store=store, blobs=blobs,
                      open_backend=open_backend, tracker=None, job=job).metrics
-    measured = {"map_50_95": found.map_50_95, "map_50": found.map_50, "best_f1": found.best_f1, "on": f"{version.ref}/val"}
+    measured = {"map_50_95": found.map_50_95, "map_50": found.map_50, "best_f1": found.best_f1,
+                "on": f"{version.ref}/val"}
     if not found.best_f1:
         return {}, measured
     by_label = {label: _just_below(row["best_confidence"]) for label, row in found.per_class.items()
                 if row["truth"] >= MIN_TRUTH and row["best_f1"]}
-    return {"confidence": _just_below(found.best_confidence), **({"confidence_by_label": by_label} if by_label else {})}, measured
+    chosen = {"confidence": _just_below(found.best_confidence), "confidence_by_label": by_label}
+    return {key: value for key, value in chosen.items() if value != {}}, measured
 
 
 @dataclass(frozen=True)

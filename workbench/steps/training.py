@@ -25,14 +25,15 @@ GRACE_S = 10
 # process forked to, and never mistaken for a later process with the same id.
 MARK = "WORKBENCH_TRAINING"
 # All that a trainer gets of our own environment; tokens and passwords are not among it.
-_PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-              "CUDA_HOME", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+_PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
+              "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "SSL_CERT_FILE",
+              "REQUESTS_CA_BUNDLE")
 # Keeps the exit code for whoever asks, also when the worker that started it is gone. $0 is the file, $@ the command.
 _KEEP_EXIT_CODE = '"$@"; code=$?; echo $code > "$0.half" && mv "$0.half" "$0"'
 
 
 class Training:
-    """A folder with data/ and code/ (made again when needed), output/ (the recipe's), log.txt and exit (the exit code)."""
+    """A folder with data/ and code/ (made again when needed), output/ (the recipe's), log.txt, exit (the exit code)."""
 
     def __init__(self, folder: Path, grace_s: float = GRACE_S) -> None:
         self.folder = folder.resolve()
@@ -50,7 +51,8 @@ class Training:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise Conflict(f"Another worker is at the training in {self.folder}; watch it on the jobs page.") from error
+                raise Conflict(f"Another worker is at the training in {self.folder}; watch it on the jobs "
+                               "page.") from error
             yield
 
     def read(self, name: str) -> Any:
@@ -107,26 +109,27 @@ class Training:
                 env={**own, **environment, MARK: str(self.folder)})
 
     def follow(self, job: Job) -> None:
-        """Tells the job every epoch until no process of the training is left. Raises Cancelled, with all of them gone."""
+        """Tells the job every epoch until no process of the training is left. Raises Cancelled, with all of them
+        gone."""
         told, watched = None, []
-        while True:
-            has_ended = self.exit_code() is not None
-            for row in self.history()[-1:]:
-                if row != told:
-                    told = row
-                    job.progress(int(row["epoch"]), int(row.get("epochs") or row["epoch"]), _note(row))
-            if has_ended:
-                break
-            if self._child is None or self._child.poll() is not None:
-                watched = [process for process in watched if _lives(process)] or self.processes()
-                if not watched and self.exit_code() is None:
+        try:
+            while True:
+                has_ended = self.exit_code() is not None
+                for row in self.history()[-1:]:
+                    if row != told:
+                        told = row
+                        job.progress(int(row["epoch"]), int(row.get("epochs") or row["epoch"]), _note(row))
+                if has_ended:
                     break
-            try:
+                if self._child is None or self._child.poll() is not None:
+                    watched = [process for process in watched if _lives(process)] or self.processes()
+                    if not watched and self.exit_code() is None:
+                        break
                 job.check()
-            except Cancelled:
-                self.stop()
-                raise
-            time.sleep(POLL_S)
+                time.sleep(POLL_S)
+        except (Cancelled, KeyboardInterrupt):
+            self.stop()
+            raise
         # What a recipe left running behind itself, and what is left when the shell alone was killed.
         self.stop()
 

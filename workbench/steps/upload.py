@@ -1,7 +1,8 @@
-"""Upload: a folder, an archive or a COCO, YOLO or VOC data set becomes the first, or the next, version of a data set."""
+"""Upload: a folder, an archive, a COCO, YOLO or VOC data set becomes the first, or the next, version of a data set."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -10,11 +11,11 @@ from typing import Any
 from workbench.annotation import Annotation
 from workbench.blobs import Blobs
 from workbench.dataset import SPLITS, Frame, LabeledFrame, Manifest, assign_splits, check_dataset_name
-from workbench.errors import Invalid
+from workbench.errors import Conflict, Invalid
 from workbench.formats.images import frame_of, read_file
 from workbench.formats.labels import place
 from workbench.formats.limits import Limits
-from workbench.formats.source import Source, SourceImage, open_source
+from workbench.formats.source import Source, SourceImage, open_source, printable
 from workbench.ports import AnnotationServer, DatasetStore, Job
 from workbench.run import WorkingFrame
 from workbench.taxonomy import Taxonomy
@@ -22,6 +23,8 @@ from workbench.taxonomy import Taxonomy
 # So many names a list are told one by one; beyond it a report is read by nobody and only fills the databases.
 LISTED = 1000
 BATCH = 200
+ATTEMPTS = 5  # at publishing, while others publish the same data set
+MAX_NAME = 480  # what workbench.records keeps a frame's name in, less the md5 that a taken name gets
 
 
 @dataclass
@@ -30,7 +33,7 @@ class UploadReport:
 
     version     reference of the version the data set has now
     format      "images", "coco", "yolo" or "voc"
-    added       number of new frames; boxes: on new frames and on those that got their first labels; labels: taxonomy now
+    added       number of new frames; boxes: on them and on frames that got their first labels; labels: the taxonomy
     labeled     names of frames that were there, unlabelled, and got the labels of this upload
     duplicates  file -> the frame that has the same bytes
     conflicts   file -> why its labels were left alone
@@ -65,42 +68,60 @@ def upload(dataset: str, source: Path, *, store: DatasetStore, server: Annotatio
            person: str, split: str | None = None, limits: Limits = Limits()) -> UploadReport:
     """Stores the pixels of all good pictures, publishes one version at the end, then adds them to the working copy.
 
-    A picture whose bytes the data set has already is listed as a duplicate. Its labels are taken when nobody has labelled
-    that frame, in the version and in the working copy; otherwise, when they differ, they are a conflict and left alone.
-    Splits come from the format, else from `split`, else from the pixels; a frame keeps the one it has. A frame name that
-    is taken by another picture gets part of its md5 appended.
+    A picture whose bytes the data set has already is listed as a duplicate. Its labels are taken when nobody has
+    labelled that frame, in the version and in the working copy; otherwise, when they differ, they are a conflict and
+    left alone. Splits come from the format, else from `split`, else from the pixels; a frame keeps the one it has. A
+    frame name that is taken by another picture gets part of the md5 appended.
 
-    Repeated after a kill it ends in the same version. Raises Invalid when not one picture is usable, and then no data set
-    is made; NotFound when there is no such source; Cancelled when the job was cancelled: nothing is published then.
+    Repeated after a kill it ends in the same version. Raises Invalid when not one picture is usable, and then no data
+    set is made; NotFound when there is no such source; Cancelled when the job was cancelled: nothing is published then.
     """
     check_dataset_name(dataset)
     if split not in (None, *SPLITS):
         raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}, or be left out.")
     report = UploadReport()
     with open_source(source, limits, job.check) as opened:
-        report.format, report.refused, report.warnings = opened.format, dict(opened.refused), dict(opened.warnings)
+        report.format = opened.format
+        report.refused = {printable(name): reason for name, reason in opened.refused.items()}
+        report.warnings = {printable(name): reason for name, reason in opened.warnings.items()}
         stored = list(_store(opened, blobs, job, limits, report))
     for name, reason in list(report.refused.items())[:LISTED]:
         job.fail_item(name, reason)
     if not stored:
         first = "; ".join(f"{name}: {reason}" for name, reason in list(report.refused.items())[:3])
         raise Invalid(f"{Path(source).name} has no picture that can be used. {first or 'It is empty.'}")
-    before = len(report.refused)
-    published = store.versions(dataset)[:1] if dataset in store.names() else []
-    base = store.manifest(published[0].ref) if published else Manifest(Taxonomy(()))
-    manifest, given = _merge(base, opened.taxonomy, stored, person, split, report, dataset, server)
-    for name, reason in list(report.refused.items())[before:][:LISTED]:
-        job.fail_item(name, reason)
-    job.check()
     job.progress(len(opened.images), len(opened.images), "publishing")
-    message = f"Upload of {Path(source).name}: {report.added} frames, {report.boxes} boxes"
-    report.version = store.publish(dataset, manifest, message, person).ref
+    report, manifest, given = _publish(dataset, opened.taxonomy, stored, person, split, report, store, server, job,
+                                       f"Upload of {Path(source).name}")
     report.labels = list(manifest.taxonomy.labels)
     if server is not None:
         _fill(dataset, manifest, given, server, blobs, job, report)
-    job.log(f"{report.version}: {report.added} frames added, {len(report.labeled)} labelled, {len(report.duplicates)} there "
-            f"already, {len(report.refused)} refused")
+    job.log(f"{report.version}: {report.added} frames added, {len(report.labeled)} labelled, {len(report.duplicates)} "
+            f"there already, {len(report.refused)} refused")
     return report
+
+
+def _publish(dataset: str, taxonomy: Taxonomy, stored: list[_Stored], person: str, split: str | None,
+             read: UploadReport, store: DatasetStore, server: AnnotationServer | None, job: Job,
+             message: str) -> tuple[UploadReport, Manifest, dict[str, tuple[Annotation, ...]]]:
+    """Joins the pictures to the latest version and publishes; again from the start when somebody published between."""
+    for attempt in range(ATTEMPTS):
+        report = copy.deepcopy(read)
+        published = store.versions(dataset)[:1] if dataset in store.names() else []
+        base = store.manifest(published[0].ref) if published else Manifest(Taxonomy(()))
+        manifest, given = _merge(base, taxonomy, stored, person, split, report, dataset, server)
+        job.check()
+        try:
+            report.version = store.publish(dataset, manifest, f"{message}: {report.added} frames, {report.boxes} boxes",
+                                           person, after=published[0].version if published else "").ref
+            break
+        except Conflict:
+            if attempt == ATTEMPTS - 1:
+                raise
+            job.log(f"{dataset} got another version meanwhile; joining this upload to it.")
+    for name, reason in list(report.refused.items())[len(read.refused):][:LISTED]:
+        job.fail_item(name, reason)
+    return report, manifest, given
 
 
 @dataclass(frozen=True)
@@ -120,22 +141,23 @@ def _store(source: Source, blobs: Blobs, job: Job, limits: Limits, report: Uploa
         try:
             yield _store_one(source, image, blobs, limits, report)
         except Invalid as error:
-            report.refused[image.path] = str(error)
+            report.refused[image.shown] = str(error)
 
 
 def _store_one(source: Source, image: SourceImage, blobs: Blobs, limits: Limits, report: UploadReport) -> _Stored:
+    if len(image.name) > MAX_NAME:
+        raise Invalid(f"has a path of more than {MAX_NAME} characters; shorten it.")
     picture = read_file(source.root / image.path, limits)
-    if len(image.name) > 500:
-        raise Invalid("has a path of more than 500 characters; shorten it.")
     if picture.notes:
-        report.warnings[image.path] = " ".join(picture.notes)
+        report.warnings[image.shown] = " ".join(picture.notes)
     made = blobs.put(picture.data)
     report.turned += picture.orientation != 1
     return _Stored(image, frame_of(image.name, picture, made), picture.file_size)
 
 
-def _merge(base: Manifest, taxonomy: Taxonomy, stored: list[_Stored], person: str, split: str | None, report: UploadReport,
-           dataset: str, server: AnnotationServer | None) -> tuple[Manifest, dict[str, tuple[Annotation, ...]]]:
+def _merge(base: Manifest, taxonomy: Taxonomy, stored: list[_Stored], person: str, split: str | None,
+           report: UploadReport, dataset: str,
+           server: AnnotationServer | None) -> tuple[Manifest, dict[str, tuple[Annotation, ...]]]:
     """The base with what the upload brings, and {frame name: labels it gave to frames that were there}."""
     frames = dict(base.by_name)
     by_md5 = {one.frame.blob: name for name, one in frames.items()}
@@ -146,10 +168,10 @@ def _merge(base: Manifest, taxonomy: Taxonomy, stored: list[_Stored], person: st
     for one in stored:
         there = frames.get(by_md5.get(one.frame.blob, ""))
         name = there.frame.name if there else _free_name(one, frames, report)
-        placed = place(one.image.labels, name, (one.frame.width, one.frame.height), one.file_size, one.frame.orientation,
-                       f"human:{person}")
-        report.refused |= placed.refused
-        report.warnings |= placed.warnings
+        placed = place(one.image.labels, name, (one.frame.width, one.frame.height), one.file_size,
+                       one.frame.orientation, f"human:{person}")
+        report.refused |= {printable(where): reason for where, reason in placed.refused.items()}
+        report.warnings |= {printable(where): reason for where, reason in placed.warnings.items()}
         if there is None:
             frame = replace(one.frame, name=name)
             (frames[name],) = assign_splits([LabeledFrame(frame, placed.annotations, one.image.labels.split or split)])
@@ -157,15 +179,17 @@ def _merge(base: Manifest, taxonomy: Taxonomy, stored: list[_Stored], person: st
             report.added += 1
             report.boxes += len(placed.annotations or ())
             continue
-        report.duplicates[one.image.path] = name
+        report.duplicates[one.image.shown] = name
         told = one.image.labels.split
         if told and there.split and told != there.split:
-            report.warnings.setdefault(one.image.path, f"the same picture is in {there.split} as {name} and stays there.")
+            report.warnings.setdefault(one.image.shown, f"the same picture is in {there.split} as {name} and stays "
+                                                        "there.")
         if placed.annotations is None:
             continue
         begun = at_work.get(name) if there.annotations is None else None
         if begun is not None and _drawn(begun.annotations or ()) != _drawn(placed.annotations):
-            report.conflicts[one.image.path] = f"{name} is being labelled in the working copy; the upload's labels are left."
+            report.conflicts[one.image.shown] = (f"{name} is being labelled in the working copy; the upload's labels "
+                                                 "are left.")
         elif there.annotations is None:
             frames[name] = replace(there, annotations=placed.annotations)
             report.boxes += len(placed.annotations)
@@ -174,7 +198,8 @@ def _merge(base: Manifest, taxonomy: Taxonomy, stored: list[_Stored], person: st
         elif _drawn(there.annotations) == _drawn(placed.annotations):
             given[name] = there.annotations
         else:
-            report.conflicts[one.image.path] = f"{name} has other labels already; they are kept, the upload's are left out."
+            report.conflicts[one.image.shown] = (f"{name} has other labels already; they are kept, the upload's are "
+                                                 "left out.")
     return Manifest(base.taxonomy.with_labels(taxonomy.labels), tuple(frames.values())), given
 
 
@@ -184,7 +209,8 @@ def _free_name(one: _Stored, frames: dict[str, LabeledFrame], report: UploadRepo
         return name
     path = PurePosixPath(name)
     free = str(path.with_name(f"{path.stem}-{one.frame.blob[:8]}{path.suffix}"))
-    report.warnings.setdefault(one.image.path, f"the name {name} is taken by another picture; this one is called {free}.")
+    report.warnings.setdefault(one.image.shown, f"the name {name} is taken by another picture; this one is called "
+                                                f"{free}.")
     return free
 
 
@@ -206,8 +232,8 @@ def _is_new(working: WorkingFrame) -> bool:
     return working.status == "new" and not working.annotations and not working.runs
 
 
-def _fill(dataset: str, manifest: Manifest, given: dict[str, tuple[Annotation, ...]], server: AnnotationServer, blobs: Blobs,
-          job: Job, report: UploadReport) -> None:
+def _fill(dataset: str, manifest: Manifest, given: dict[str, tuple[Annotation, ...]], server: AnnotationServer,
+          blobs: Blobs, job: Job, report: UploadReport) -> None:
     """Brings the working copy up to the version: frames it lacks, and labels for frames that were new in it."""
     server.open_task(dataset, manifest.taxonomy)
     there = set(server.frame_names(dataset))
@@ -223,5 +249,6 @@ def _fill(dataset: str, manifest: Manifest, given: dict[str, tuple[Annotation, .
         late = server.write(dataset, [replace(one, annotations=given[name], status="accepted")
                                       for name, one in found.items() if _is_new(one)])
         for name in late:
-            report.conflicts[name] = "somebody began to label it in the working copy meanwhile; their work is kept there."
+            report.conflicts[name] = ("somebody began to label it in the working copy meanwhile; their work is kept "
+                                      "there.")
     job.progress(len(manifest.frames), len(manifest.frames), "done")

@@ -98,6 +98,9 @@ def _merge(before: Manifest, working: list[WorkingFrame], labels: tuple[str, ...
     frames = dict(before.by_name)
     for one in working:
         was = before.by_name.get(one.frame.name)
+        if one.status == "new" and not one.runs and was is not None:
+            # An upload that was killed before it told the working copy: what is published stays.
+            continue
         reviewed_by = one.reviewed_by or (was.reviewed_by if was is not None else "")
         frames[one.frame.name] = LabeledFrame(
             # The published record has what a working copy need not keep, such as the sha256.

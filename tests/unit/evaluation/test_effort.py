@@ -29,7 +29,12 @@ def test_each_kind_of_work_is_counted_once() -> None:
         machine("a", 0, 200, 100, 300),  # IoU with (20, 200, 120, 300): 80 / 120 = 0.67: moved
         machine("b", 200, 200, 300, 300),  # another label on the spot
         machine("a", 600, 600, 700, 700)]  # nothing there
-    truth = [true("a", 0, 0, 100, 100), true("a", 240, 0, 340, 100), true("a", 20, 200, 120, 300), true("a", 200, 200, 300, 300)]
+    truth = [
+        true("a", 0, 0, 100, 100),
+        true("a", 240, 0, 340, 100),
+        true("a", 20, 200, 120, 300),
+        true("a", 200, 200, 300, 300),
+    ]
     assert effort(proposed, truth) == Effort(boxes_total=4, untouched=1, moved=1, relabelled=1, deleted=2, drawn=1)
     assert effort(proposed, truth).touched == 5
     assert effort([], truth) == Effort(boxes_total=4, drawn=4) and effort(proposed, []) == Effort(deleted=5)
@@ -51,22 +56,43 @@ def test_pairs_are_chosen_so_that_the_least_is_touched() -> None:
 
 
 def test_a_box_of_the_right_label_is_preferred_over_a_closer_one() -> None:
-    pairs = match(np.array([[0, 0, 100, 100], [10, 0, 110, 100]], float), ["b", "a"], np.array([[0, 0, 100, 100]], float), ["a"])
+    pairs = match(
+        np.array([[0, 0, 100, 100], [10, 0, 110, 100]], float), ["b", "a"], np.array([[0, 0, 100, 100]], float), ["a"]
+    )
     assert [(pair.one, pair.other, pair.is_same_label) for pair in pairs] == [(1, 0, True)]
+
+
+def test_among_equal_efforts_the_label_decides() -> None:
+    # 75 / 125 = 0.6: pulling the a into place and naming the b anew cost one touch each, and the other box one more.
+    proposed, truth = [machine("b", 0, 0, 100, 100), machine("a", 25, 0, 125, 100)], [true("a", 0, 0, 100, 100)]
+    assert effort(proposed, truth) == Effort(boxes_total=1, moved=1, deleted=1)
 
 
 def test_frames_are_counted_apart_and_added_up() -> None:
     truth = {"1": (true("a", 0, 0, 10, 10),), "2": (true("a", 0, 0, 10, 10),), "3": ()}
-    proposed = {"1": (machine("a", 0, 0, 10, 10),), "3": (machine("a", 0, 0, 10, 10),), "4": (machine("a", 0, 0, 10, 10),)}
+    proposed = {
+        "1": (machine("a", 0, 0, 10, 10),),
+        "3": (machine("a", 0, 0, 10, 10),),
+        "4": (machine("a", 0, 0, 10, 10),),
+    }
     # Frame 2 is drawn from scratch; what is right on frame 4 nobody knows.
     assert effort(proposed, truth) == Effort(boxes_total=2, untouched=1, deleted=1, drawn=1)
     assert effort({"1": None, "2": (), "3": ()}, truth) == Effort(boxes_total=2, drawn=2)
 
 
 def test_the_reviewer_leaves_good_boxes_exactly_as_they_are() -> None:
-    good, off, wrong, spurious = (machine("a", 0.4, 0, 100, 101.2, key="good"), machine("a", 0, 200, 100, 300, key="off"),
-                                  machine("b", 200, 200, 300, 300, key="wrong"), machine("a", 600, 600, 700, 700, key="spurious"))
-    truth = [true("a", 0, 0, 100, 100), true("a", 20, 200, 120, 300), true("a", 203, 200, 303, 300), true("b", 400, 0, 450, 50)]
+    good, off, wrong, spurious = (
+        machine("a", 0.4, 0, 100, 101.2, key="good"),
+        machine("a", 0, 200, 100, 300, key="off"),
+        machine("b", 200, 200, 300, 300, key="wrong"),
+        machine("a", 600, 600, 700, 700, key="spurious"),
+    )
+    truth = [
+        true("a", 0, 0, 100, 100),
+        true("a", 20, 200, 120, 300),
+        true("a", 203, 200, 303, 300),
+        true("b", 400, 0, 450, 50),
+    ]
     left = {annotation.id: annotation for annotation in corrected([good, off, wrong, spurious], truth, "ann")}
     assert left.pop("good") is good
     moved, relabelled = left.pop("off"), left.pop("wrong")
@@ -82,23 +108,31 @@ def test_tags_stay() -> None:
     assert corrected([tag], [], "ann") == (tag,) and effort([tag], []) == Effort()
 
 
-boxes = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(5, 60), st.integers(5, 60), st.sampled_from("ab")).map(
-    lambda one: (one[4], one[0], one[1], one[0] + one[2], one[1] + one[3]))
+boxes = st.tuples(
+    st.integers(0, 60), st.integers(0, 60), st.integers(5, 60), st.integers(5, 60), st.sampled_from("ab")
+).map(lambda one: (one[4], one[0], one[1], one[0] + one[2], one[1] + one[3]))
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(boxes, max_size=7), st.lists(boxes, max_size=7), st.sampled_from([0.5, 0.7, 0.9]))
-def test_what_a_reviewer_leaves_is_right_and_costs_what_was_counted(proposed: list, truth: list, same_iou: float) -> None:
+def test_what_a_reviewer_leaves_is_right_and_costs_what_was_counted(
+    proposed: list, truth: list, same_iou: float
+) -> None:
     machines, wanted = [machine(*one) for one in proposed], [true(*one) for one in truth]
     spent, left = effort(machines, wanted, same_iou), corrected(machines, wanted, "ann", same_iou)
     assert spent.untouched + spent.moved + spent.relabelled + spent.deleted == len(machines)
-    assert spent.untouched + spent.moved + spent.relabelled + spent.drawn == len(wanted) == spent.boxes_total == len(left)
+    assert (
+        spent.untouched + spent.moved + spent.relabelled + spent.drawn == len(wanted) == spent.boxes_total == len(left)
+    )
     after = effort(left, wanted, same_iou)
     assert after == Effort(boxes_total=len(wanted), untouched=len(wanted))
     originals = {annotation.id: annotation for annotation in machines}
     assert sum(1 for one in left if one.id not in originals) == spent.drawn
     # The truth as text differs only where a person touched something.
-    assert sum(1 for one in left if one.id in originals and not is_same_drawing(one, originals[one.id])) <= spent.moved + spent.relabelled
+    assert (
+        sum(1 for one in left if one.id in originals and not is_same_drawing(one, originals[one.id]))
+        <= spent.moved + spent.relabelled
+    )
 
 
 @settings(deadline=None, max_examples=100)
@@ -121,7 +155,15 @@ def test_no_other_pairing_costs_less(proposed: list, truth: list) -> None:
 
 def test_effort_adds_up_and_is_json() -> None:
     total = Effort(3, 1, 1, 0, 0, 1) + Effort(1, 0, 0, 1, 2, 0)
-    assert total.to_json() == {"boxes_total": 4, "untouched": 1, "moved": 1, "relabelled": 1, "deleted": 2, "drawn": 1, "touched": 5}
+    assert total.to_json() == {
+        "boxes_total": 4,
+        "untouched": 1,
+        "moved": 1,
+        "relabelled": 1,
+        "deleted": 2,
+        "drawn": 1,
+        "touched": 5,
+    }
 
 
 @pytest.mark.parametrize("count", [200])

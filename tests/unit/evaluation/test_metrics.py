@@ -29,7 +29,9 @@ def box(label: str, *xyxy: float, crowd: bool = False) -> Annotation:
 
 def found(*rows: tuple[int, float, tuple[float, float, float, float]]) -> Detections:
     """rows: (class_id, confidence, xyxy)."""
-    return Detections(np.array([row[2] for row in rows]).reshape(-1, 4), [row[0] for row in rows], [row[1] for row in rows])
+    return Detections(
+        np.array([row[2] for row in rows]).reshape(-1, 4), [row[0] for row in rows], [row[1] for row in rows]
+    )
 
 
 def oracle(truth: Truth, detections: dict[str, Detections], taxonomy: Taxonomy) -> list[float]:
@@ -45,10 +47,14 @@ def oracle(truth: Truth, detections: dict[str, Detections], taxonomy: Taxonomy) 
         for number, name in enumerate(names) for one in truth[name]]
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
-    results = [[number, x1, y1, x2 - x1, y2 - y1, confidence, class_id]
-               for number, name in enumerate(names) if name in detections
-               for (x1, y1, x2, y2), confidence, class_id in zip(
-                   detections[name].xyxy.astype(float), detections[name].confidence.astype(float), detections[name].class_id)]
+    results = [
+        [number, x1, y1, x2 - x1, y2 - y1, confidence, class_id]
+        for number, name in enumerate(names)
+        if name in detections
+        for (x1, y1, x2, y2), confidence, class_id in zip(
+            detections[name].xyxy.astype(float), detections[name].confidence.astype(float), detections[name].class_id
+        )
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         ground = COCO()
         ground.dataset = {"images": [{"id": number} for number in range(len(names))], "annotations": annotations,
@@ -85,7 +91,9 @@ def random_case(seed: int, frames: int = 25, classes: int = 3) -> tuple[Truth, d
         ids = np.concatenate([np.where(rng.random(count) < 0.1, rng.integers(0, classes, count), class_ids),
                               class_ids[: count // 2], rng.integers(0, classes, extra)])
         # Distinct confidences: equal ones may be taken in any order, and the order changes precision.
-        detections[f"{number:03}"] = Detections(guesses, ids, (rng.permutation(len(guesses)) + rng.random(len(guesses))) / 20)
+        detections[f"{number:03}"] = Detections(
+            guesses, ids, (rng.permutation(len(guesses)) + rng.random(len(guesses))) / 20
+        )
     return truth, detections, taxonomy
 
 
@@ -96,7 +104,7 @@ def test_all_twelve_numbers_are_those_of_pycocotools_on_random_boxes(seed: int) 
 
 
 def test_all_twelve_numbers_are_those_of_pycocotools_on_real_boxes(shared: Path) -> None:
-    """Truth: bccd's corrected labels; detections: the original, faulty ones of the same photographs, with confidences."""
+    """Truth: bccd's corrected labels; detections: the original, faulty ones of the same photographs."""
     taxonomy = Taxonomy(("RBC", "WBC", "Platelets"))
     rng = np.random.default_rng(0)
     truth, detections = {}, {}
@@ -132,7 +140,11 @@ def test_perfect_boxes_score_one_and_none_score_nought() -> None:
     perfect = {"1": found((0, 0.9, (0, 0, 50, 50)), (1, 0.8, (60, 60, 90, 90)))}
     metrics = score(truth, perfect, AB, confidence=0.5)
     assert metrics.map_50_95 == pytest.approx(1) and metrics.map_50 == pytest.approx(1)
-    assert metrics.confusion == ((1, 0, 0), (0, 1, 0), (0, 0, 0)) and (metrics.frames, metrics.truth, metrics.detections) == (2, 2, 2)
+    assert metrics.confusion == ((1, 0, 0), (0, 1, 0), (0, 0, 0)) and (
+        metrics.frames,
+        metrics.truth,
+        metrics.detections,
+    ) == (2, 2, 2)
     assert metrics.best_f1 == 1 and metrics.best_confidence == pytest.approx(0.8)
     blind = score(truth, {}, AB)
     assert blind.map_50_95 == blind.map_50 == 0 and blind.confusion == ((0, 0, 1), (0, 0, 1), (0, 0, 0))
@@ -168,12 +180,20 @@ def test_confusion_counts_a_wrong_label_once_and_prefers_the_right_one() -> None
 
 def test_the_threshold_that_is_best_may_differ_per_class() -> None:
     truth = {"1": (box("a", 0, 0, 40, 40), box("b", 100, 0, 140, 40))}
-    guesses = {"1": found((0, 0.3, (0, 0, 40, 40)), (0, 0.2, (0, 200, 40, 240)), (1, 0.9, (100, 0, 140, 40)), (1, 0.8, (200, 0, 240, 40)),
-                          (1, 0.7, (300, 0, 340, 40)), (1, 0.6, (400, 0, 440, 40)))}
+    guesses = {
+        "1": found(
+            (0, 0.3, (0, 0, 40, 40)),
+            (0, 0.2, (0, 200, 40, 240)),
+            (1, 0.9, (100, 0, 140, 40)),
+            (1, 0.8, (200, 0, 240, 40)),
+            (1, 0.7, (300, 0, 340, 40)),
+            (1, 0.6, (400, 0, 440, 40)),
+        )
+    }
     metrics = score(truth, guesses, AB)
     assert metrics.per_class["a"]["best_confidence"] == pytest.approx(0.3)
     assert metrics.per_class["b"]["best_confidence"] == pytest.approx(0.9)
-    # For both together: at 0.9 one hit of two objects and one detection, F1 = 2/3; at 0.3 two hits, five detections, 4/7.
+    # Both together: at 0.9 one hit of two objects and one detection, F1 = 2/3; at 0.3 two hits, five detections, 4/7.
     assert metrics.best_confidence == pytest.approx(0.9) and metrics.best_f1 == pytest.approx(2 / 3)
 
 
@@ -186,14 +206,22 @@ def test_a_crowd_is_neither_missed_nor_a_mistake() -> None:
 
 def test_a_label_that_the_truth_lacks_has_no_average_precision() -> None:
     metrics = score({"1": (box("a", 0, 0, 40, 40),)}, {"1": found((1, 0.9, (0, 0, 40, 40)))}, AB, confidence=0.5)
-    assert list(metrics.per_class) == list(metrics.curves) == ["a"] and metrics.confusion == ((0, 1, 0), (0, 0, 0), (0, 0, 0))
+    assert list(metrics.per_class) == list(metrics.curves) == ["a"] and metrics.confusion == (
+        (0, 1, 0),
+        (0, 0, 0),
+        (0, 0, 0),
+    )
 
 
 def test_annotations_with_a_confidence_score_like_detections() -> None:
     truth, detections, taxonomy = random_case(3)
-    drawn = {name: tuple(Annotation(taxonomy.labels[class_id], tuple(xyxy), confidence=float(confidence), source="model:m@1")
-                         for xyxy, class_id, confidence in zip(one.xyxy, one.class_id, one.confidence))
-             for name, one in detections.items()}
+    drawn = {
+        name: tuple(
+            Annotation(taxonomy.labels[class_id], tuple(xyxy), confidence=float(confidence), source="model:m@1")
+            for xyxy, class_id, confidence in zip(one.xyxy, one.class_id, one.confidence)
+        )
+        for name, one in detections.items()
+    }
     assert score(truth, drawn, taxonomy) == score(truth, detections, taxonomy)
 
 

@@ -24,12 +24,25 @@ PROJECT = Path(__file__).resolve().parents[3]
 
 
 def card(name: str, size: tuple[int, int] = (64, 96), **decoder: Any) -> ModelCard:
-    return ModelCard("m", "1", InputSpec(size), {"name": name, **decoder}, Taxonomy(("cat", "dog")), {"m.onnx": {"sha256": "0"}})
+    return ModelCard(
+        "m", "1", InputSpec(size), {"name": name, **decoder}, Taxonomy(("cat", "dog")), {"m.onnx": {"sha256": "0"}}
+    )
 
 
 def test_points_run_level_by_level_and_row_by_row() -> None:
     positions, strides = points(card("fcos", size=(64, 32), strides=[16, 32]), centre=0.5)
-    assert positions.tolist() == [[8, 8], [24, 8], [40, 8], [56, 8], [8, 24], [24, 24], [40, 24], [56, 24], [16, 16], [48, 16]]
+    assert positions.tolist() == [
+        [8, 8],
+        [24, 8],
+        [40, 8],
+        [56, 8],
+        [8, 24],
+        [24, 24],
+        [40, 24],
+        [56, 24],
+        [16, 16],
+        [48, 16],
+    ]
     assert strides.tolist() == [16] * 8 + [32] * 2
 
 
@@ -92,13 +105,25 @@ def test_at_most_the_best_candidates_are_decoded() -> None:
     assert len(found) == 2 and found.confidence[0] > found.confidence[1] > 0.99
 
 
-@pytest.mark.parametrize(("one", "outputs", "expected"), [
-    (card("yolox"), {"output": np.zeros((1, 126, 6))}, r"one output \(n, 126, 7\), the graph gives output \(1, 126, 6\)"),
-    (card("yolox"), {"output": np.zeros((1, 125, 7))}, r"\(n, 126, 7\)"),
-    (card("nanodet"), {"output": np.zeros((1, 126, 7))}, r"\(n, 128, 34\)"),
-    (card("nanodet"), {"a": np.zeros((1, 128, 34)), "b": np.zeros((1, 1, 1))}, r"one output"),
-    (card("fcos", strides=[32]), {"output": np.zeros((1, 126, 7))}, r"cls_logits \(n, 6, 2\) and bbox_regression \(n, 6, 4\)"),
-], ids=["labels", "points", "family", "two outputs", "names"])
+@pytest.mark.parametrize(
+    ("one", "outputs", "expected"),
+    [
+        (
+            card("yolox"),
+            {"output": np.zeros((1, 126, 6))},
+            r"one output \(n, 126, 7\), the graph gives output \(1, 126, 6\)",
+        ),
+        (card("yolox"), {"output": np.zeros((1, 125, 7))}, r"\(n, 126, 7\)"),
+        (card("nanodet"), {"output": np.zeros((1, 126, 7))}, r"\(n, 128, 34\)"),
+        (card("nanodet"), {"a": np.zeros((1, 128, 34)), "b": np.zeros((1, 1, 1))}, r"one output"),
+        (
+            card("fcos", strides=[32]),
+            {"output": np.zeros((1, 126, 7))},
+            r"cls_logits \(n, 6, 2\) and bbox_regression \(n, 6, 4\)",
+        ),
+    ],
+    ids=["labels", "points", "family", "two outputs", "names"],
+)
 def test_a_graph_that_does_not_fit_its_card_is_invalid_and_both_sides_are_named(
         one: ModelCard, outputs: dict[str, np.ndarray], expected: str) -> None:
     with pytest.raises(Invalid, match=f"m.onnx of m@1 does not fit.*{expected}"):
@@ -143,7 +168,9 @@ def test_our_decoder_agrees_with_the_student_s_own(tmp_path: Path) -> None:
               "heads = tuple(torch.from_numpy(raw[n][0]) for n in ('cls_logits', 'bbox_regression', 'bbox_ctrness')); "
               "boxes, scores, ids = decode(heads, (64, 96), 0.5, (128, 190), confidence=0.3, nms_iou=0.6); "
               "np.savez(sys.argv[2], boxes=boxes, scores=scores, ids=ids)")
-    subprocess.run([sys.executable, "-c", script, tmp_path / "raw.npz", tmp_path / "theirs.npz"], cwd=recipe, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "raw.npz", tmp_path / "theirs.npz"], cwd=recipe, check=True
+    )
     theirs = np.load(tmp_path / "theirs.npz")
     one = card("fcos", strides=[8, 16, 32], score="sqrt(sigmoid(cls)*sigmoid(ctr))")
     (found,) = decode(one, outputs, LEAST)
@@ -156,8 +183,11 @@ def test_our_decoder_agrees_with_the_student_s_own(tmp_path: Path) -> None:
 
 
 def fcos(count: int, classes: int) -> dict[str, np.ndarray]:
-    return {"cls_logits": np.full((1, count, classes), -9.0, np.float32), "bbox_regression": np.ones((1, count, 4), np.float32),
-            "bbox_ctrness": np.full((1, count, 1), -9.0, np.float32)}
+    return {
+        "cls_logits": np.full((1, count, classes), -9.0, np.float32),
+        "bbox_regression": np.ones((1, count, 4), np.float32),
+        "bbox_ctrness": np.full((1, count, 1), -9.0, np.float32),
+    }
 
 
 def test_a_card_with_one_label_works_like_any_other() -> None:

@@ -128,12 +128,22 @@ class TestCheckCard:
             check_card(replace(graphs.red_finder(tmp_path), **change), tmp_path, open_graph)
 
     def test_a_graph_that_gives_nan_is_told_before_it_is_registered(self, tmp_path: Path) -> None:
-        nodes = [helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=1),
-                 helper.make_node("Sub", ["mean", "mean"], ["nought"]), helper.make_node("Div", ["nought", "nought"], ["nan"]),
-                 helper.make_node("Reshape", ["nan", "one"], ["flat"]), helper.make_node("Expand", ["flat", "shape"], ["output"])]
+        nodes = [
+            helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=1),
+            helper.make_node("Sub", ["mean", "mean"], ["nought"]),
+            helper.make_node("Div", ["nought", "nought"], ["nan"]),
+            helper.make_node("Reshape", ["nan", "one"], ["flat"]),
+            helper.make_node("Expand", ["flat", "shape"], ["output"]),
+        ]
         graphs.save(tmp_path / "nan.onnx", nodes, {"images": ([1, 3, 32, 32], "float32")}, ["output"],
                     {"one": np.array([1, 1, 1], np.int64), "shape": np.array([1, 21, 6], np.int64)})
-        card = ModelCard("m", "1", InputSpec((32, 32), layout="NCHW", dtype="float32"), {"name": "yolox"}, Taxonomy(("a",)),
-                         {"nan.onnx": file_record(tmp_path / "nan.onnx")})
+        card = ModelCard(
+            "m",
+            "1",
+            InputSpec((32, 32), layout="NCHW", dtype="float32"),
+            {"name": "yolox"},
+            Taxonomy(("a",)),
+            {"nan.onnx": file_record(tmp_path / "nan.onnx")},
+        )
         with pytest.raises(Invalid, match="nan.onnx.*NaN"):
             check_card(card, tmp_path, open_graph)

@@ -28,8 +28,10 @@ MAIN_OBJECTS = {"000000000285.jpg": "bear", "000000000724.jpg": "stop sign", "00
 def cards(shared: Path) -> dict[str, tuple[ModelCard, Path]]:
     models = shared / "data" / "models"
     yolox, nanodet = models / "yolox_nano", models / "nanodet_plus_m"
-    return {"yolox": (card_for_yolox(yolox / "yolox_nano_416.onnx", "yolox_nano"), yolox),
-            "nanodet": (card_for_nanodet(nanodet / "nanodet_plus_m_416.onnx", "nanodet_plus_m", size=(416, 416)), nanodet)}
+    return {
+        "yolox": (card_for_yolox(yolox / "yolox_nano_416.onnx", "yolox_nano"), yolox),
+        "nanodet": (card_for_nanodet(nanodet / "nanodet_plus_m_416.onnx", "nanodet_plus_m", size=(416, 416)), nanodet),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,13 @@ def seen(request: pytest.FixtureRequest, cards: dict[str, tuple[ModelCard, Path]
 
 def test_there_are_eighty_labels_in_coco_s_order() -> None:
     assert len(set(COCO_80)) == 80
-    assert [COCO_80.index(label) for label in ("person", "stop sign", "bear", "refrigerator", "toothbrush")] == [0, 11, 21, 72, 79]
+    assert [COCO_80.index(label) for label in ("person", "stop sign", "bear", "refrigerator", "toothbrush")] == [
+        0,
+        11,
+        21,
+        72,
+        79,
+    ]
 
 
 def test_the_shared_models_fit_their_cards(cards: dict[str, tuple[ModelCard, Path]]) -> None:
@@ -62,7 +70,9 @@ def test_the_shared_models_fit_their_cards(cards: dict[str, tuple[ModelCard, Pat
 def test_the_main_object_of_each_photograph_is_found(seen: dict[str, dict[str, Detections]], family: str) -> None:
     for name, label in MAIN_OBJECTS.items():
         best = seen[family][name][:3]
-        assert label in [COCO_80[class_id] for class_id in best.class_id], f"{family} does not see the {label} on {name}"
+        assert label in [COCO_80[class_id] for class_id in best.class_id], (
+            f"{family} does not see the {label} on {name}"
+        )
 
 
 def test_two_families_of_detectors_draw_the_same_boxes(seen: dict[str, dict[str, Detections]]) -> None:
@@ -78,7 +88,9 @@ def test_two_families_of_detectors_draw_the_same_boxes(seen: dict[str, dict[str,
     assert (np.abs(np.median(shifts, axis=0)) < 4).all()
 
 
-def test_the_backends_agree_on_a_photograph(cards: dict[str, tuple[ModelCard, Path]], photographs: dict[str, np.ndarray]) -> None:
+def test_the_backends_agree_on_a_photograph(
+    cards: dict[str, tuple[ModelCard, Path]], photographs: dict[str, np.ndarray]
+) -> None:
     for card, folder in cards.values():
         found = []
         for adapter in (OpenVINO, OnnxRuntime):

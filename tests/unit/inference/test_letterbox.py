@@ -24,7 +24,9 @@ def test_the_image_lies_top_left_and_the_rest_is_grey() -> None:
 
 def test_the_image_lies_in_the_middle() -> None:
     canvas, box = letterbox(grey(200, 100), (64, 64), padding="centre", pad=7)
-    assert (canvas[16:48] == 200).all() and (canvas[:16] == 7).all() and (canvas[48:] == 7).all() and box.offset == (0, 16)
+    assert (
+        (canvas[16:48] == 200).all() and (canvas[:16] == 7).all() and (canvas[48:] == 7).all() and box.offset == (0, 16)
+    )
     np.testing.assert_allclose(box.to_image(np.array([[0, 16, 64, 48]])), [[0, 0, 200, 100]])
 
 
@@ -42,7 +44,9 @@ def test_boxes_are_cut_to_the_image_on_the_way_back() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["topleft", "centre", "stretch"]),
        st.sampled_from([(64, 64), (416, 320), (33, 97)]), st.integers(0, 2**32 - 1))
-def test_a_box_survives_the_trip_to_the_canvas_and_back(width: int, height: int, padding: str, size: tuple[int, int], seed: int) -> None:
+def test_a_box_survives_the_trip_to_the_canvas_and_back(
+    width: int, height: int, padding: str, size: tuple[int, int], seed: int
+) -> None:
     corners = np.sort(np.random.default_rng(seed).uniform(0, 1, (4, 2, 2)), axis=1) * [width, height]
     boxes = corners.reshape(4, 4)
     canvas, box = letterbox(grey(width, height), size, padding)
@@ -62,8 +66,16 @@ def test_a_mark_is_found_again_where_it_was() -> None:
     np.testing.assert_allclose(found, [[300, 200, 390, 260]], atol=2 * 601 / 320)
 
 
-@pytest.mark.parametrize("image", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 4), np.uint8), np.zeros((5, 5, 3), np.float32),
-                                   np.zeros((0, 5, 3), np.uint8)], ids=["grey", "alpha", "float", "empty"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((5, 5), np.uint8),
+        np.zeros((5, 5, 4), np.uint8),
+        np.zeros((5, 5, 3), np.float32),
+        np.zeros((0, 5, 3), np.uint8),
+    ],
+    ids=["grey", "alpha", "float", "empty"],
+)
 def test_what_is_no_rgb_image_is_refused(image: np.ndarray) -> None:
     with pytest.raises(Invalid, match="uint8"):
         letterbox(image, (64, 64))

@@ -43,8 +43,17 @@ def red() -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_results_come_in_the_order_of_the_frames_and_a_bad_one_is_its_error(detector: Detector, red: np.ndarray, batch: int) -> None:
-    files = {"a": png(red), "b": b"no image", "c": png(np.zeros((64, 64, 3), np.uint8)), "d": b"", "e": png(red[:32]), "f": png(red)}
+def test_results_come_in_the_order_of_the_frames_and_a_bad_one_is_its_error(
+    detector: Detector, red: np.ndarray, batch: int
+) -> None:
+    files = {
+        "a": png(red),
+        "b": b"no image",
+        "c": png(np.zeros((64, 64, 3), np.uint8)),
+        "d": b"",
+        "e": png(red[:32]),
+        "f": png(red),
+    }
 
     def read(one: Frame) -> bytes:
         time.sleep(0.02 if one.name in "ace" else 0)
@@ -56,7 +65,11 @@ def test_results_come_in_the_order_of_the_frames_and_a_bad_one_is_its_error(dete
     assert [key for key, _ in found] == list("abcdefg")
     counts = {key: len(one) if isinstance(one, Detections) else str(one) for key, one in found}
     assert counts["a"] == counts["f"] == 1 and counts["c"] == 0
-    assert "b cannot be decoded" in counts["b"] and "d cannot be decoded" in counts["d"] and counts["g"] == "Blob g is not there"
+    assert (
+        "b cannot be decoded" in counts["b"]
+        and "d cannot be decoded" in counts["d"]
+        and counts["g"] == "Blob g is not there"
+    )
     assert counts["e"] == "e is 64 x 32 px, its record says 64 x 64. Upload the frame again."
 
 
@@ -68,7 +81,9 @@ def test_no_more_images_wait_than_allowed(detector: Detector, red: np.ndarray) -
             read_so_far.append(one.name)
         return data
 
-    for done, (_, found) in enumerate(detect_frames(detector, ((i, frame(str(i))) for i in range(200)), read, batch=2, ahead=5), 1):
+    for done, (_, found) in enumerate(
+        detect_frames(detector, ((i, frame(str(i))) for i in range(200)), read, batch=2, ahead=5), 1
+    ):
         assert len(found) == 1 and len(read_so_far) <= done + 2 + 5
     assert len(read_so_far) == 200
 
@@ -90,7 +105,10 @@ def test_colours_and_depths_become_rgb() -> None:
     colour = np.zeros((4, 5, 3), np.uint8)
     colour[:, :, 0] = 250
     assert (decode_image(png(colour), "x") == colour).all()
-    assert decode_image(cv2.imencode(".png", np.full((4, 5), 7, np.uint8))[1].tobytes(), "x").tolist() == [[[7] * 3] * 5] * 4
+    assert (
+        decode_image(cv2.imencode(".png", np.full((4, 5), 7, np.uint8))[1].tobytes(), "x").tolist()
+        == [[[7] * 3] * 5] * 4
+    )
     deep = cv2.imencode(".png", np.full((4, 5, 4), 0x0A00, np.uint16))[1].tobytes()
     assert (decode_image(deep, "x") == 10).all()
     with pytest.raises(WorkbenchError, match="x cannot be decoded"):

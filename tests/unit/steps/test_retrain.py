@@ -35,6 +35,17 @@ def bench(tmp_path: Path, mlflow_url: str) -> Iterator[Bench]:
         Training(folder, grace_s=0).stop()
 
 
+class But:
+    """Another object with some of its attributes replaced."""
+
+    def __init__(self, other: Any, **changed: Any) -> None:
+        self._other = other
+        self.__dict__.update(changed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
+
+
 def wait_for(claim: Any, timeout_s: float = 120) -> None:
     until = time.monotonic() + timeout_s
     while not claim():
@@ -79,7 +90,8 @@ def test_a_training_is_tracked_registered_and_repeated_for_nothing(bench: Bench,
     said = next(line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("environment:")).split()
     assert "WORKBENCH_CVAT_TOKEN" not in said and {"MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "GIT_COMMIT"} < set(said)
     assert (folder / "output/starts.txt").read_text().split()[1] == sha
-    assert not (folder / "data").exists() and not (folder / "code").exists() and (folder / "log.txt").exists()
+    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "exit", "lock", "log.txt", "output", "request.json",
+                                                              "trained.json"]
     assert bench.retrain(version, job, params={"epochs": 3}) == trained
     assert len((folder / "output/starts.txt").read_text().splitlines()) == 1
     assert len(bench.parts["tracker"].versions(name)) == 1
@@ -214,8 +226,22 @@ def test_a_version_without_training_boxes_and_a_project_without_git_are_refused(
 
 
 def test_a_tracker_that_went_away_costs_a_repetition_and_nothing_else(bench: Bench) -> None:
-    version = bench.publish()
-    with pytest.raises(Unavailable):
+    version, tracker, models = bench.publish(), bench.parts["tracker"], bench.parts["models"]
+    with pytest.raises(Unavailable):  # before the training
         bench.retrain(version, tracker=MlflowTracker("http://127.0.0.1:9"))
     assert not bench.training().log.exists()
+
+    with pytest.raises(Unavailable, match="(?s)MLflow did not answer; run it again"):  # while it starts
+        bench.retrain(version, tracker=But(tracker, url="http://127.0.0.1:9"))
+    assert bench.run()["status"] == "RUNNING" and bench.training().exit_code() is None
+
+    def unavailable(*arguments: Any) -> None:
+        raise Unavailable("The store went away.")
+
+    with pytest.raises(Unavailable, match="The store went away"):
+        bench.retrain(version, models=But(models, register=unavailable))
+    # As it is when the tracker goes away while the recipe finishes: all results are there, `mlflow run` says 75.
+    (bench.training().folder / "exit").write_text("75")
     assert bench.retrain(version).model.endswith("@1")
+    assert len((bench.training().output / "starts.txt").read_text().splitlines()) == 1
+    assert bench.run()["status"] == "FINISHED"

@@ -353,3 +353,23 @@ def test_the_working_copy_gets_the_frames_and_a_person_s_work_in_it_wins(place: 
         again = place.upload(source, server=server)
         assert again.version == report.version and server.task("cells").by_status == {
             "new": 3, "annotated": 0, "accepted": 2, "rejected": 0}
+
+
+def test_a_file_name_that_is_no_text_is_taken_under_a_name_that_is(place: Place, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"good.jpg": jpeg(1)})
+    for name, data in ((b"caf\xe9.jpg", jpeg(2)), (b"bad\xe9.jpg", b"text")):
+        Path(os.fsdecode(os.path.join(os.fsencode(source), name))).write_bytes(data)
+    report = place.upload(source)
+    assert sorted(place.frames(report.version)) == ["caf_.jpg", "good.jpg"] and list(report.refused) == ["bad_.jpg"]
+    json.dumps(report.to_json(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train.txt", "labels/a.txt"])
+def test_yolo_text_that_is_not_utf8_is_named(place: Place, tmp_path: Path, name: str) -> None:
+    files = {"images/a.jpg": jpeg(1), "obj.names": "cell", "labels/a.txt": "0 .5 .5 .1 .1", name: b"\xff\xfe\x00"}
+    try:
+        refused = place.upload(write(tmp_path / "in", files)).refused
+    except Invalid as error:
+        assert name == "classes.txt" and "without class names" in str(error)
+    else:
+        assert "not UTF-8" in refused[name]
