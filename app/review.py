@@ -44,16 +44,10 @@ def heading(working: WorkingFrame) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"**{session.literal(frame.name)}**", width="content")
         st.badge(working.status, color=STATUS_COLOUR[working.status])
-        facts = [f"{frame.width} × {frame.height} px", working.split or "no split", counted(working)]
+        facts = [f"{frame.width} × {frame.height} px", working.split or "no split"]
         if working.reviewed_by:
             facts.append(f"by {working.reviewed_by}, {times.clock(working.reviewed_at)}")
         st.caption(session.literal(" · ".join(facts)), width="content")
-
-
-def counted(working: WorkingFrame) -> str:
-    if working.annotations is None:
-        return "nobody looked yet"
-    return "1 box" if len(working.annotations) == 1 else f"{len(working.annotations)} boxes"
 
 
 def picture(working: WorkingFrame, labels: Sequence[str], person: str) -> None:

@@ -19,11 +19,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from socket import socket
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +41,7 @@ from workbench.taxonomy import Taxonomy
 from workbench.wiring import Workbench
 
 ROUND_S = 300     # a round that takes longer than this is stuck
-DELAY_S = 0.8     # kills fall into the first so many seconds of a job, about as long as one takes
+BEYOND = 1.2      # kills fall between the start of a job and this many times what it takes undisturbed
 STARTING = 0.15   # share of kills that fall into the start of the worker, before it has a job
 
 
@@ -60,7 +62,7 @@ def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
     base = Config(home=folder / "mongo", mongo_port=_free_port(), threads=1)
     pictures = quickstart.generate(folder / "pictures", seed=seed, train=frames + 1, val=0, test=1, unlabeled=frames,
                                    size=(192, 144))
-    with supervise.Supervisor(base, parts=("mongod",), on_line=_say) as supervisor:
+    with supervise.Supervisor(base, parts=("mongod",), on_line=_say) as supervisor, ExitStack() as stack:
         supervisor.wait_ready()
         left_alone = Workbench(replace(base, home=folder / "left-alone", mongo_url=base.mongo))
         disturbed = Workbench(replace(base, home=folder / "disturbed", mongo_url=base.mongo))
@@ -69,25 +71,29 @@ def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
         moments: Counter[str] = Counter()
         lost = doubled = rounds = 0
         identical = True
+        calm = stack.enter_context(_worker(left_alone))
         while moments.total() < kills:
             dataset = f"round{rounds}"
             _upload(left_alone, dataset, pictures)
-            with _worker(left_alone):
-                _finish(left_alone, _submit(left_alone, dataset))
+            takes = _finish(left_alone, _submit(left_alone, dataset))
             expected = _state(left_alone, dataset)
+            # Idle, it would still take time from the workers that are killed.
+            calm.send_signal(signal.SIGSTOP)
             # Both write to one database, under one name: the same job ids, so the same ids of boxes.
             left_alone.server.delete_task(dataset)
             _upload(disturbed, dataset, pictures)
             ids = _submit(disturbed, dataset)
-            _disturb(disturbed, ids, kills - moments.total(), moments, chance)
+            _disturb(disturbed, ids, kills - moments.total(), moments, chance, takes)
             with _worker(disturbed):
                 _finish(disturbed, ids)
+            calm.send_signal(signal.SIGCONT)
             found = _state(disturbed, dataset)
             disturbed.server.delete_task(dataset)
             missing, extra = expected["counted"] - found["counted"], found["counted"] - expected["counted"]
             lost, doubled, rounds = lost + missing.total(), doubled + extra.total(), rounds + 1
             identical = identical and found == expected
-            _say(f"round {rounds}: {moments.total()} kills, {'identical' if found == expected else 'DIFFERENT'}, "
+            _say(f"round {rounds} ({', '.join(f'{kind} {seconds:.1f} s' for kind, seconds in takes.items())} undisturbed): "
+                 f"{moments.total()} kills, {'identical' if found == expected else 'DIFFERENT'}, "
                  f"{time.monotonic() - began:.0f} s")
             for name in expected:
                 if found[name] != expected[name] and name != "counted":
@@ -104,21 +110,22 @@ def _submit(workbench: Workbench, dataset: str) -> list[str]:
                         person="bench", key=dataset)]
 
 
-def _disturb(workbench: Workbench, ids: list[str], most: int, moments: Counter[str], chance: random.Random) -> None:
-    """Starts workers and kills them until both jobs are over or `most` have been killed."""
+def _disturb(workbench: Workbench, ids: list[str], most: int, moments: Counter[str], chance: random.Random,
+             takes: dict[str, float]) -> None:
+    """Starts workers and kills them until both jobs are over or `most` have been killed. takes: kind -> seconds."""
     for _ in range(most):
         with _worker(workbench, kill=True) as process:
             if chance.random() < STARTING:
                 time.sleep(chance.random() * 2)
             else:
                 until = time.monotonic() + ROUND_S
-                while not _doing(workbench, ids, process.pid):
+                while not (kind := _doing(workbench, ids, process.pid)):
                     if all(workbench.jobs.get(job_id).is_over for job_id in ids):
                         return
                     if process.poll() is not None or time.monotonic() > until:
                         raise RuntimeError(f"The worker took no job; its log is {workbench.config.home / 'worker.log'}")
-                    time.sleep(0.01)
-                time.sleep(chance.random() * DELAY_S)
+                    time.sleep(0.05)
+                time.sleep(chance.random() * BEYOND * takes[kind])
             doing = _doing(workbench, ids, process.pid)
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -133,11 +140,16 @@ def _doing(workbench: Workbench, ids: list[str], pid: int) -> str:
     return running[0] if running else ""
 
 
-def _finish(workbench: Workbench, ids: list[str]) -> None:
+def _finish(workbench: Workbench, ids: list[str]) -> dict[str, float]:
+    """Waits for all of them; returns the seconds that each kind took."""
+    takes = {}
     for job_id in ids:
         status = workbench.jobs.wait(job_id, ROUND_S)
         if status.state != "done":
             raise RuntimeError(f"{status.kind} {status.state}: {status.error} {workbench.jobs.log_lines(job_id)[-3:]}")
+        takes[status.kind] = (datetime.fromisoformat(status.finished_at)
+                              - datetime.fromisoformat(status.started_at)).total_seconds()
+    return takes
 
 
 @contextmanager
@@ -150,6 +162,7 @@ def _worker(workbench: Workbench, kill: bool = False) -> Iterator[subprocess.Pop
         yield process
     finally:
         process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
         process.wait(60)
 
 

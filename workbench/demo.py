@@ -187,7 +187,7 @@ def _print_table(table: dict[str, Any], say: Callable[[str], None]) -> None:
 
 def _name_of(data: Path) -> str:
     name = "".join(letter if letter.isalnum() else "-" for letter in data.resolve().name.lower()).strip("-")
-    return name[:63] or "frames"
+    return name[:54] or "frames"  # its models are called <name>-detector, of at most 63 letters
 
 
 def _stage(folder: Path, data: Path | None, start_frames: int, seed: int) -> Staged:

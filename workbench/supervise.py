@@ -163,7 +163,7 @@ def environment(config: Config) -> dict[str, str]:
     settings = {f"WORKBENCH_{one.name.upper()}": str(getattr(config, one.name)) for one in fields(config)}
     return {**os.environ, **settings, "FIFTYONE_DATABASE_URI": config.mongo, "FIFTYONE_DO_NOT_TRACK": "true",
             "FIFTYONE_DATABASE_VALIDATION": "false", "FIFTYONE_DEFAULT_DATASET_DIR": str(config.home / "fiftyone-files"),
-            "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "PYTHONUNBUFFERED": "1"}
+            "MLFLOW_DISABLE_TELEMETRY": "true", "ORT_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "true", "PYTHONUNBUFFERED": "1"}
 
 
 def allowed_hosts(config: Config, with_ports: bool = False) -> list[str]:

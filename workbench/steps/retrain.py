@@ -196,7 +196,7 @@ def _start(training: Training, recipe: Recipe, arguments: dict[str, str], projec
         "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "GIT_COMMIT": recipe.commit,
         "MLFLOW_TRACKING_URI": tracker.url, "MLFLOW_RUN_ID": run_id, "MLFLOW_EXPERIMENT_NAME": version.dataset,
         # A server that went away holds a training up for half a minute, not for MLflow's own several.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "true", "ORT_DISABLE_TELEMETRY": "1",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }, training.folder / "code" / recipe.folder)
 
