@@ -33,12 +33,12 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> alt.Cha
     base = alt.Chart(rows).encode(x=alt.X("prediction:N", sort=names, axis=alt.Axis(labelAngle=-35, orient="bottom")),
                                   y=alt.Y("truth:N", sort=names))
     squares = base.mark_rect(cornerRadius=2).encode(
-        color=alt.Color("share:Q", scale=alt.Scale(scheme="teals", domain=[0, 1]), legend=None),
+        color=alt.Color("share:Q", scale=alt.Scale(range=["rgba(15,118,110,0.05)", "rgba(15,118,110,1)"], domain=[0, 1]), legend=None),
         tooltip=["truth", "prediction", "boxes", alt.Tooltip("share", format=".0%")])
     text = base.mark_text(fontSize=11).encode(
         text=alt.condition("datum.boxes > 0", "boxes:Q", alt.value("")),
-        color=alt.condition("datum.share > 0.55", alt.value("white"), alt.value("#334")))
-    return (squares + text).properties(height=max(HEIGHT, 26 * len(names)))
+        color=alt.condition("datum.share > 0.55", alt.value("white"), alt.value("#66757a")))
+    return (squares + text).properties(height=max(HEIGHT, 90 + 26 * len(names)))
 
 
 def ap_bars(per_label: Mapping[str, Mapping[str, float]]) -> alt.Chart:
@@ -47,13 +47,13 @@ def ap_bars(per_label: Mapping[str, Mapping[str, float]]) -> alt.Chart:
     rows = pd.DataFrame([{"label": label, "ap": values.get("ap", 0.0), "ap50": values.get("ap50", 0.0)}
                          for label, values in per_label.items()], columns=["label", "ap", "ap50"])
     order = list(rows.sort_values("ap")["label"])
-    base = alt.Chart(rows).encode(y=alt.Y("label:N", sort=order, title=None))
+    base = alt.Chart(rows).encode(y=alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelOverlap=False)))
     scale = alt.Scale(domain=[0, 1])
     bars = base.mark_bar(cornerRadiusEnd=2, color="#0f766e").encode(
         x=alt.X("ap:Q", scale=scale, title="average precision"),
         tooltip=["label", alt.Tooltip("ap:Q", format=".3f", title="AP@[.5:.95]"), alt.Tooltip("ap50:Q", format=".3f", title="AP50")])
     ticks = base.mark_tick(thickness=3, color="#d97706").encode(x=alt.X("ap50:Q", scale=scale))
-    return (bars + ticks).properties(height=max(140, 26 * len(order)))
+    return (bars + ticks).properties(height=60 + 26 * len(order))
 
 
 def learning(histories: Mapping[str, Sequence[tuple[float, float]]], y: str = "value", x: str = "epoch") -> alt.Chart:

@@ -77,7 +77,7 @@ def provenance_table(working: WorkingFrame) -> None:
     rows = provenance(working)
     if rows:
         st.dataframe(rows, hide_index=True, width="stretch", height=min(38 + 35 * len(rows), 460), column_config={
-            "confidence": st.column_config.ProgressColumn(min_value=0, max_value=1, format="%.2f")})
+            "confidence": st.column_config.NumberColumn(format="%.2f")})
     else:
         st.caption("Nothing is drawn on this frame. Accepting it says that there is nothing on it (background).")
     gone = touch(working).deleted
@@ -87,9 +87,9 @@ def provenance_table(working: WorkingFrame) -> None:
 
 def decisions(entries: Sequence[Entry]) -> str | None:
     """The ledger's last decisions; the frame of the one that is selected."""
-    rows = [{"frame": entry.subject, "decision": entry.facts.get("decision"), "by": entry.person, "at": times.clock(entry.at),
-             "drawn": entry.facts.get("drawn"), "touched": entry.facts.get("touched"), "deleted": entry.facts.get("deleted"),
-             "seconds": entry.facts.get("seconds")} for entry in entries]
+    counted = ("drawn", "touched", "deleted", "seconds")
+    rows = [{"frame": entry.subject, "decision": entry.facts.get("decision"), "by": entry.person,
+             "at": times.clock(entry.at), **{name: entry.facts.get(name) for name in counted}} for entry in entries]
     if not rows:
         st.caption("Nobody has decided anything yet.")
         return None

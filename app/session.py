@@ -115,7 +115,7 @@ def go(page: str, **choices: str) -> None:
 def dataset_picker(label: str = "Data set") -> str | None:
     """The data set at work, kept across pages and in the address; None (and nothing drawn) when there is none."""
     with explained():
-        return pick("dataset", label, workbench().datasets.names())
+        return pick("dataset", label, workbench().datasets.names(), keeps_default=True)
     return None
 
 
@@ -134,18 +134,24 @@ def model_picker(refs: Sequence[str], label: str = "Model", about: dict[str, str
     return pick(name, label, list(refs), lambda ref: (about or {}).get(ref, ref))
 
 
-def pick(name: str, label: str, options: Sequence[str], format_func: Any = str) -> str | None:
-    """A select box whose choice survives a change of page (session) and a reload (address)."""
+def pick(name: str, label: str, options: Sequence[str], format_func: Any = str, keeps_default: bool = False) -> str | None:
+    """A select box whose choice survives a change of page (session) and a reload (address).
+
+    What a person chose is kept. What stood there by default is kept only with `keeps_default`: otherwise the first option
+    is chosen anew each time, so that the version just published, or the model just deployed, is the next one used.
+    """
     if not options:
         return None
     kept, key = f"chosen_{name}", f"pick_{name}"
     wanted = st.session_state.get(kept) or st.query_params.get(name)
-    st.session_state[kept] = value = wanted if wanted in options else options[0]
+    value = wanted if wanted in options else options[0]
     # Set on every run: a widget of the same key on another page is another widget and would begin with its default.
     st.session_state[key] = value
     st.selectbox(label, options, format_func=format_func, key=key, on_change=_keep, args=(name,))
-    if st.query_params.get(name) != value:
-        st.query_params[name] = value
+    if value == wanted or keeps_default:
+        st.session_state[kept] = value
+        if st.query_params.get(name) != value:
+            st.query_params[name] = value
     return value
 
 
@@ -193,7 +199,12 @@ def watched(kind: str, dataset: str | None = None) -> JobStatus | None:
                 if status.is_over:
                     st.session_state[f"form_{kind}"] = f"after {status.id}"
                 return status
-    return next((job for job in active_jobs(kind) if dataset is None or dataset_of(job) == dataset), None)
+    for job in active_jobs(kind):
+        if dataset is None or dataset_of(job) == dataset:
+            # From now on it is this visitor's too: its result is shown here when it is over.
+            st.session_state[f"job_{kind}"] = job.id
+            return job
+    return None
 
 
 def active_jobs(kind: str | None = None) -> list[JobStatus]:

@@ -1,4 +1,4 @@
-"""People decide: each frame is corrected in FiftyOne's in-app annotation, or just looked at, then accepted or rejected."""
+"""People decide: each frame is corrected in FiftyOne's annotation, or just looked at, then accepted or rejected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import streamlit as st
 
 from app import review as pieces
 from app import session
-from workbench.errors import Conflict, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.run import WorkingFrame
 from workbench.steps import review
 
@@ -61,8 +61,8 @@ def take(dataset: str, frame: str, person: str) -> WorkingFrame:
     return working
 
 
-def controls(working: WorkingFrame | None) -> str | None:
-    """The row of buttons; returns what was pressed."""
+def controls(frame: str | None, working: WorkingFrame | None) -> str | None:
+    """The row of buttons for the frame shown; returns what was pressed. `working` is None when it was not taken."""
     pressed = None
     last = st.session_state.get("review_last")
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -72,17 +72,21 @@ def controls(working: WorkingFrame | None) -> str | None:
         elif working is not None:
             if st.button("Accept", type="primary", icon=":material/check:", shortcut="A"):
                 pressed = "accepted"
-            if st.button("Reject", icon=":material/close:", shortcut="X", help="Leaves the frame out of the next version."):
+            if st.button("Reject", icon=":material/close:", shortcut="X",
+                         help="Leaves the frame out of the next version."):
                 pressed = "rejected"
-        if st.button("Skip", icon=":material/skip_next:", shortcut="S", help="The next frame; this one stays undecided."):
+        if frame is not None and st.button("Skip", icon=":material/skip_next:", shortcut="S",
+                                           help="The next frame; this one stays undecided."):
             pressed = "skip"
         if last and (working is None or last[1] != working.frame.name) \
-                and st.button("Undo", icon=":material/undo:", shortcut="U", help=f"Reopens {last[1]}, which was {last[2]}."):
+                and st.button("Undo", icon=":material/undo:", shortcut="U",
+                              help=session.literal(f"Reopens {last[1]}, which was {last[2]}.")):
             pressed = "undo"
         st.space("stretch")
-        st.segmented_control("How", [DRAW, LOOK], default=DRAW, key="review_how", required=True, label_visibility="collapsed",
-                             help="Draw: FiftyOne's annotation inside this page. Look: the picture alone, for quick decisions.")
-        st.selectbox("Order", list(ORDERS), format_func=ORDERS.get, key="review_order", label_visibility="collapsed", width=210)
+        st.segmented_control("How", [DRAW, LOOK], default=DRAW, key="review_how", required=True,
+                             label_visibility="collapsed")
+        st.selectbox("Order", list(ORDERS), format_func=ORDERS.get, key="review_order", label_visibility="collapsed",
+                     width=210)
     return pressed
 
 
@@ -91,14 +95,15 @@ def surface(working: WorkingFrame, dataset: str, labels: tuple[str, ...], person
     workbench = session.workbench()
     if in_app:
         st.iframe(workbench.server.review_url(dataset, working.frame.name), height=APP_HEIGHT, alt="FiftyOne")
-        st.caption("Click **Annotate** at the top right of the picture (once), then draw, move, relabel or delete; the app saves by "
-                   "itself. Keys typed inside it stay inside it: click beside it before you press A, X or S. Esc closes "
-                   "the picture; press S and come back, or reload, to open it again.")
+        st.caption("Click **Annotate** at the top right of the picture (once), then draw, move, relabel or delete. The "
+                   "app saves by itself 1 to 3 s later. Keys typed inside it stay inside it: click beside it before you "
+                   "press A, X or S. Esc closes the picture; reload the page to open it again.")
 
         @st.fragment(run_every=LIVE_S)
         def live() -> None:
             with session.explained():
-                pieces.provenance_table(workbench.server.read(dataset, [working.frame.name]).get(working.frame.name, working))
+                now = workbench.server.read(dataset, [working.frame.name])
+                pieces.provenance_table(now.get(working.frame.name, working))
 
         live()
         return
@@ -115,12 +120,12 @@ def act(pressed: str, dataset: str, frame: str | None, person: str, order: str, 
         _, frame, _ = st.session_state.pop("review_last")
         review.decide(dataset, frame, "reopen", person=person, **parts())
         go_to(dataset, frame)
-    if pressed == "skip":
-        go_to(dataset, review.next_frame(dataset, frame, person, order=order, **parts()))
     if in_app and pressed != "reopen":
         # The app stays open meanwhile and saves what was drawn last.
         with st.spinner("Waiting until the annotation app has saved …"):
             time.sleep(review.APP_SAVE_S)
+    if pressed == "skip":
+        go_to(dataset, review.next_frame(dataset, frame, person, order=order, **parts()))
     seconds = time.monotonic() - st.session_state["review_open"][3]
     review.decide(dataset, frame, pressed, person=person, seconds=seconds, **parts())
     if pressed == "reopen":
@@ -156,18 +161,15 @@ def work(dataset: str) -> None:
             working = take(dataset, frame, person)
         except WorkbenchError as failure:
             refused = failure
-    pressed = controls(working)
+    pressed = controls(frame, working)
     is_app_up = pieces.app_answers(workbench.config.fiftyone)
     in_app = st.session_state.get("review_how", DRAW) == DRAW and is_app_up
     if refused is not None:
         session.error(refused)
-        if not isinstance(refused, Conflict):
-            st.session_state.pop("review_frame", None)
-            st.query_params.pop("frame", None)
     elif working is None:
         left = task.by_status["new"] + task.by_status["annotated"]
         if left:
-            session.empty(f"The {left} frames that are left are being worked on by others. Come back in a minute or two.")
+            session.empty(f"Others are working on the {left} frames that are left. Come back in a minute or two.")
         elif task.frames:
             session.empty("Every frame is reviewed.", "versions", "Publish a version", "commit")
         else:
@@ -175,21 +177,22 @@ def work(dataset: str) -> None:
     else:
         pieces.heading(working)
         if not is_app_up and st.session_state.get("review_how", DRAW) == DRAW:
-            st.warning(f"FiftyOne's app does not answer at {workbench.config.fiftyone}, so boxes cannot be changed here. Start it with "
-                       "`workbench up`, or see `workbench doctor`. You can still accept and reject by looking.",
-                       icon=":material/power_off:")
+            st.warning(f"FiftyOne's app does not answer at {workbench.config.fiftyone}, so boxes cannot be changed "
+                       "here. Start it with `workbench up`, or see `workbench doctor`. You can still accept and reject by "
+                       "looking.", icon=":material/power_off:")
         surface(working, dataset, task.labels, person, in_app)
         hold(dataset, frame, person)
     with st.expander("Decisions", icon=":material/history:"):
         chosen = pieces.decisions(review.history(dataset, records=workbench.records))
     if pressed:
-        act(pressed, dataset, frame, person, order, in_app)
+        act(pressed, dataset, frame, person, order, in_app and working is not None)
     elif chosen and chosen != frame and chosen != st.session_state.get("review_chosen"):
         st.session_state["review_chosen"] = chosen
         go_to(dataset, chosen)
 
 
-dataset = session.header("Review", "Correct what the machine drew, then accept or reject; every box remembers who touched it.")
+dataset = session.header("Review",
+                         "Correct what the machine drew, then accept or reject; every box remembers who touched it.")
 with session.explained():
     if dataset is None:
         session.empty("There is no data set yet.", "upload", "Upload frames", "upload")

@@ -30,7 +30,7 @@ def publish(dataset: str) -> None:
         number = len(waiting.frames)
         st.markdown(f"**{number} accepted frame{'' if number == 1 else 's'}** with labels that no version has yet." if number else
                     "No newly accepted frame waits. Labels changed on published frames are found by publishing.")
-        with st.form("publish", border=False):
+        with st.form("publish", border=False, clear_on_submit=True):
             text, bumps, button = st.columns([5, 2, 1], vertical_alignment="bottom")
             message = text.text_input("Message", placeholder="What this version adds, in one sentence", max_chars=300)
             bump = bumps.selectbox("Version number", list(BUMPS), help="By itself: labels gone moves major, labels or boxes "
@@ -39,6 +39,8 @@ def publish(dataset: str) -> None:
         if is_asked and not message.strip():
             st.warning("Say in one sentence what this version adds.", icon=":material/edit:")
         elif is_asked and session.submit("version", {"dataset": dataset, "message": message.strip(), "bump": BUMPS[bump]}):
+            # The new version is what the next step works on.
+            st.session_state.pop("chosen_version", None)
             st.rerun()
         if job and (not job.is_over or job.state != "done"):
             session.job_panel(job.id)

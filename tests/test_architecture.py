@@ -21,7 +21,7 @@ ALLOWED = {
     "recipe": WORDS | {"ports"},
     "adapters": WORDS | {"ports"},
     "wiring": WORDS | {"ports", "adapters", "jobs", "kinds"},
-    "jobs": WORDS | {"ports"},
+    "jobs": WORDS | {"ports", "jobs"},
     "kinds": WORDS | {"ports", "steps", "recipe", "wiring"},
     "outer": WORDS | {"ports", "steps", "recipe", "wiring", "jobs", "kinds", "supervise", "doctor", "service", "demo", "cli"},
 }

@@ -336,11 +336,11 @@ def worker(config: Config) -> None:
 @click.pass_obj
 def part(config: Config, name: str, check: bool) -> None:
     """Become one part: what a container runs."""
-    from workbench import supervise
+    from workbench.supervise import parts
     if check:
-        supervise.part(name).probe(config)
+        parts.part(name).probe(config)
     else:
-        supervise.run_part(config, name)
+        parts.run_part(config, name)
 
 
 def _job(config: Config, kind: str, args: dict[str, Any], detach: bool, as_json: bool) -> int:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench import supervise
 from workbench.config import Config
 from workbench.errors import Unavailable, WorkbenchError
+from workbench.supervise import lock, parts
 from workbench.wiring import PROJECT, Workbench
 
 PACKAGES = ("streamlit", "fiftyone", "mlflow", "dbos", "torch", "torchvision", "openvino", "onnxruntime", "onnx", "fastapi",
@@ -47,7 +47,7 @@ def examine(config: Config) -> list[Check]:
     workbench = Workbench(config)
     found.append(Check("up", "ok" if is_up else "note", f"`workbench up` runs on {config.home}." if is_up else
                        f"Nothing runs on {config.home}; `workbench up` starts it."))
-    for part in supervise.ALL:
+    for part in parts.ALL:
         found.append(_part(config, part, is_up))
     for look in (_models, _datasets):
         found += list(_safely(look, workbench))
@@ -121,7 +121,7 @@ def _mongod(config: Config) -> Iterator[Check]:
     if config.mongo_url:
         yield Check("mongod", "ok", "An outside MongoDB is set (mongo_url).")
         return
-    binary = supervise.mongod_binary()
+    binary = parts.mongod_binary()
     said = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=60)
     if said.returncode != 0:
         reason = (said.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -158,23 +158,23 @@ def _is_up(config: Config) -> bool:
     if not file.exists():
         return False
     try:
-        supervise.lock(config.home).close()
+        lock(config.home).close()
     except WorkbenchError:
         return True
     return False
 
 
-def _part(config: Config, part: supervise.Part, is_up: bool) -> Check:
+def _part(config: Config, part: parts.Part, is_up: bool) -> Check:
     outside = getattr(config, part.outside) if part.outside else ""
     try:
-        supervise.look(config, part)
+        parts.look(config, part)
     except Unavailable as error:
         if outside:
             return Check(part.name, "WRONG", f"{error} It is set by {part.outside}: correct the setting or start that server.")
         if is_up:
             return Check(part.name, "WRONG", f"{error} Its log is {config.home / 'logs' / (part.name + '.log')}.")
         try:
-            supervise.check_port(config, part)
+            parts.check_port(config, part)
         except WorkbenchError as taken:
             return Check(part.name, "WRONG", str(taken))
         return Check(part.name, "note", f"It does not run ({part.what}); `workbench up` starts it.")

@@ -155,7 +155,7 @@ def undo(working: WorkingFrame, run_id: str) -> WorkingFrame:
 
 
 def settle(working: WorkingFrame, person: str) -> tuple[Annotation, ...]:
-    """The frame's annotations with the person's part signed: new boxes are theirs, changed ones say who touched them."""
+    """The frame's annotations with the person's part signed: new boxes are theirs, changed ones say who did it."""
     written = written_by_machines(working)
     settled = []
     for annotation in working.annotations or ():
@@ -174,12 +174,13 @@ def _in_frame(proposal: Annotation, frame: Frame) -> Annotation | None:
     """A box cut to the frame and rounded as it is published; None when nothing of it is left."""
     if proposal.xyxy is None:
         return proposal
-    box = tuple(round(float(value), DECIMALS) for value in clip(np.array([proposal.xyxy]), frame.width, frame.height)[0])
+    cut = clip(np.array([proposal.xyxy]), frame.width, frame.height)[0]
+    box = tuple(round(float(value), DECIMALS) for value in cut)
     return replace(proposal, xyxy=box) if box[2] > box[0] and box[3] > box[1] else None
 
 
 def _stands_among(one: Annotation, others: tuple[Annotation, ...]) -> bool:
-    """Whether one of the others is the same object: its box overlaps enough, whatever its label; of tags, the same tag."""
+    """Whether one of the others is the same object: its box overlaps enough, whatever its label; a tag: the same."""
     box = _box(one)
     boxes = [_box(other) for other in others]
     if box is None:

@@ -11,7 +11,8 @@ from network import boxes_of, points
 
 # The defaults written into card.json.
 CONFIDENCE = 0.05
-NMS_IOU = 0.6
+# 0.55 rather than 0.6: +0.6 points mAP@.5 for -0.1 mAP@[.5:.95] on the blood cells' validation split.
+NMS_IOU = 0.55
 MAX_CANDIDATES = 1000
 MAX_DETECTIONS = 100  # COCO's maxDets
 

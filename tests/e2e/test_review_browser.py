@@ -103,7 +103,7 @@ def test_a_person_draws_moves_accepts_rejects_and_undoes_in_the_browser(site: Si
         page.set_default_timeout(PAGE_S * 1000)
         page.goto(f"{site.url}/review?dataset=shapes")
         page.get_by_text("0 of 3 frames reviewed").wait_for()
-        app = page.frame_locator("iframe[alt='FiftyOne'], iframe[title='FiftyOne'], iframe").first
+        app = page.frame_locator("iframe").first
         app.get_by_text("Annotate", exact=True).click()
         app.locator("[data-cy=detection-mode]").click()
         canvas = app.locator("[data-cy=lighter-sample-renderer-canvas]")
@@ -124,7 +124,10 @@ def test_a_person_draws_moves_accepts_rejects_and_undoes_in_the_browser(site: Si
 
         drag(DRAWN[:2], DRAWN[2:])
         until(lambda: len(site.read("a.png").annotations) == 3, "saving the drawn box")
+        app.get_by_text("disc", exact=True).last.click()  # the radio button in the panel of the box just drawn
+        until(lambda: site.read("a.png").annotations[-1].label == "disc", "saving the label")
         page.screenshot(path=screenshots / "review-2-drawn.png")
+        app.locator("[data-cy=annotate-edit-back]").click()
         app.locator("[data-cy=select-action]").click()
         page.wait_for_timeout(500)
         drag((480, 140), (500, 200))  # the bar, by its middle, 20 px right and 60 px down

@@ -83,6 +83,16 @@ def test_a_job_goes_on_being_shown_when_the_page_is_opened_anew(workbench: Workb
     assert any(one.label == "Cancel" for one in fresh.button)
 
 
+def test_a_visitor_who_found_a_running_job_sees_its_result(workbench: Workbench, visit) -> None:
+    filled.job(workbench, "ve1", "version", "running", {"dataset": "shapes", "message": "m"})
+    at = visit("versions", dataset="shapes")
+    with workbench.records.engine.begin() as connection:
+        connection.execute(filled.jobs_module.jobs.update().where(filled.jobs_module.jobs.c.id == "ve1").values(
+            state="done", finished_at=filled.now(), result=json.dumps({"version": "shapes@0.2.0"})))
+    at.run()
+    assert any("shapes@0.2.0 is published" in success.value for success in at.success)
+
+
 def test_publishing_asks_for_a_message_and_then_makes_one_job(workbench: Workbench, visit) -> None:
     before = jobs_of(workbench, "version")
     at = visit("versions", dataset="shapes")

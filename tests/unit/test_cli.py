@@ -14,6 +14,7 @@ import pytest
 
 from workbench import cli, kinds, quickstart, supervise
 from workbench.config import Config
+from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def workbench(config: Config, *words: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "workbench.cli", *words], env=supervise.environment(config), cwd=PROJECT,
+    return subprocess.run([sys.executable, "-m", "workbench.cli", *words], env=parts.environment(config), cwd=PROJECT,
                           capture_output=True, text=True, timeout=timeout)
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
-from workbench import supervise
 from workbench.config import Config
+from workbench.supervise import parts
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOOPBACK = re.compile(r"127\.0\.0\.1:(\d+):(\d+)")
@@ -46,7 +46,7 @@ def test_the_specification_refuses_what_is_wrong(compose: dict[str, Any], servic
 
 
 def test_there_is_a_container_for_every_part_and_no_other(compose: dict[str, Any]) -> None:
-    assert set(compose["services"]) == {part.name for part in supervise.ALL}
+    assert set(compose["services"]) == {part.name for part in parts.ALL}
     for name, service in compose["services"].items():
         assert service["command"] == ["part", name]
         assert service["healthcheck"]["test"] == ["CMD", "workbench", "part", name, "--check"]
@@ -57,7 +57,7 @@ def test_ports_are_published_on_loopback_only_and_are_the_default_ones(compose: 
     matches = [LOOPBACK.fullmatch(port) for port in published.pop("mongod")]
     assert all(matches) and not any(published.values())
     defaults = Config(home=Path("/nowhere"))
-    wanted = {getattr(defaults, part.port) for part in supervise.ALL if part.port and part.name != "mongod"}
+    wanted = {getattr(defaults, part.port) for part in parts.ALL if part.port and part.name != "mongod"}
     assert {int(match[1]) for match in matches} == {int(match[2]) for match in matches} == wanted
 
 

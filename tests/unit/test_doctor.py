@@ -18,6 +18,7 @@ import pytest
 from workbench import doctor, supervise
 from workbench.config import Config
 from workbench.doctor import Check, examine, is_fit
+from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -43,10 +44,10 @@ def test_a_fresh_home_is_fit_and_every_part_is_looked_at(config: Config) -> None
     assert is_fit(found), [check for check in found if check.mark == "WRONG"]
     names = by_name(found)
     assert {"python", "packages", "git", "home", "processor", "recipes", "up", "models", "datasets", "cvat",
-            *(part.name for part in supervise.ALL)} == set(names)
+            *(part.name for part in parts.ALL)} == set(names)
     assert {check.mark for check in found} <= set(doctor.MARKS)
     assert all(check.says.endswith(".") and "\n" not in check.says for check in found), [check.says for check in found]
-    for part in supervise.ALL:
+    for part in parts.ALL:
         assert "does not run" in names[part.name].says and "`workbench up` starts it" in names[part.name].says
     assert "db version v" in next(check.says for check in found if check.name == "mongod" and check.mark == "ok")
     assert "cvat_url" in names["cvat"].says and "cores" in names["processor"].says
@@ -98,7 +99,7 @@ def test_missing_packages_git_mongod_and_room_are_wrong_with_what_to_do(config: 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 10))
-    monkeypatch.setattr(supervise, "find_spec", lambda name: None)
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
     found = [check for check in examine(config) if check.mark == "WRONG"]
     said = {check.name: check.says for check in found}
     assert "openvino" in said["packages"] and "constraints.txt" in said["packages"]
@@ -118,13 +119,13 @@ def test_a_mongod_without_its_libraries_is_wrong(config: Config, tmp_path: Path,
     binary = tmp_path / "mongod"
     binary.write_text("#!/bin/sh\necho 'libcurl.so.4: cannot open shared object file' >&2\nexit 127\n")
     binary.chmod(0o755)
-    monkeypatch.setattr(supervise, "mongod_binary", lambda: binary)
+    monkeypatch.setattr(parts, "mongod_binary", lambda: binary)
     (check,) = list(doctor._mongod(config))
     assert check.mark == "WRONG" and "libcurl.so.4" in check.says and "apt-get install libcurl4" in check.says
 
 
 def test_the_command_prints_json_and_ends_with_1_when_something_is_broken(config: Config) -> None:
-    environment = {**supervise.environment(config), "WORKBENCH_MLFLOW_URL": ""}
+    environment = {**parts.environment(config), "WORKBENCH_MLFLOW_URL": ""}
     fit = subprocess.run([sys.executable, "-m", "workbench.cli", "doctor", "--json"], env=environment, cwd=PROJECT,
                          capture_output=True, text=True, timeout=200)
     assert fit.returncode == 0 and json.loads(fit.stdout)["ok"], fit.stderr

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from workbench import jobs as module
 from workbench.config import Config
 from workbench.errors import Conflict, Invalid, NotFound, Unavailable
-from workbench.jobs import Jobs
+from workbench.jobs import Jobs, tables
+from workbench.jobs import worker as module
 from workbench.records import open_database
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -244,7 +244,7 @@ def test_deaths_with_progress_in_between_are_forgiven(jobs: Jobs) -> None:
     for done in range(3 * module.MAX_DEATHS):
         assert worker._start(job_id) is not None
         with worker.engine.begin() as connection:
-            connection.execute(module.jobs.update().values(done=done))
+            connection.execute(tables.jobs.update().values(done=done))
     assert jobs.get(job_id).state == "running"
 
 
@@ -252,7 +252,7 @@ def test_a_worker_on_another_machine_is_dead_only_after_a_long_silence(jobs: Job
     worker = _offline_worker(jobs)
     row = _Row(id="theirs", machine="another machine", pid=1, pid_started=0.0, beat=1.0)
     assert not worker._is_dead(row) and not worker._is_dead(row)
-    worker._beats["theirs"] = (1.0, time.monotonic() - module.DEAD_AFTER_S - 1)
+    worker._beats["theirs"] = (1.0, time.monotonic() - tables.DEAD_AFTER_S - 1)
     assert worker._is_dead(row)
     # It beats again: alive, whatever its clock says.
     assert not worker._is_dead(_Row(id="theirs", machine="another machine", pid=1, pid_started=0.0, beat=0.5))
@@ -262,7 +262,7 @@ def test_progress_is_written_a_few_times_a_second_and_the_last_one_always(jobs: 
     job_id = jobs.submit("count", {"n": 1}, person="ada")
     worker = _offline_worker(jobs)
     worker._start(job_id)
-    job = worker._running[job_id] = module._RunningJob(worker, job_id)
+    job = worker._running[job_id] = module.RunningJob(worker, job_id)
     statements: list[str] = []
     sa.event.listen(worker.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
     for number in range(1000):
@@ -280,7 +280,7 @@ def test_the_end_of_a_job_that_was_given_away_changes_nothing(jobs: Jobs) -> Non
     job_id = jobs.submit("count", {"n": 1}, person="ada")
     first, second = _offline_worker(jobs), _offline_worker(jobs)
     assert first._start(job_id) is not None and second._start(job_id) is not None
-    first._finish(module._RunningJob(first, job_id), {"state": "failed", "error": "too late"})
+    first._finish(module.RunningJob(first, job_id), {"state": "failed", "error": "too late"})
     assert jobs.get(job_id).state == "running" and jobs.get(job_id).error == ""
 
 
@@ -317,6 +317,6 @@ class _Row:
         self.__dict__.update(columns)
 
 
-def _offline_worker(jobs: Jobs) -> module._WorkerProcess:
-    return module._WorkerProcess(jobs._engine, "", {}, 1, threading.Event(), None, lambda *_: None)
+def _offline_worker(jobs: Jobs) -> module.WorkerProcess:
+    return module.WorkerProcess(jobs._engine, "", {}, 1, threading.Event(), None, lambda *_: None)
 

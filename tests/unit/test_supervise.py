@@ -19,6 +19,7 @@ import pytest
 from workbench import supervise
 from workbench.config import Config
 from workbench.errors import Conflict, Invalid, Unavailable
+from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def test_parts_come_up_come_back_after_a_crash_and_end_together(config: Config) 
         assert {line.split()[0] for line in said if "answers after" in line} == set(QUICK)
         assert Workbench(config).server.tasks() == []
         for one in supervisor.parts:
-            supervise.look(config, one)
+            parts.look(config, one)
 
         os.kill(first["worker"], signal.SIGKILL)
         until(lambda: supervisor.pids().get("worker") not in (None, first["worker"]), "a restart")
@@ -70,13 +71,13 @@ def test_parts_come_up_come_back_after_a_crash_and_end_together(config: Config) 
     assert not any(map(lives, [*second.values(), guard]))
     assert (config.home / "logs" / "mongod.log").stat().st_size > 0
     with pytest.raises(Unavailable, match="Nothing listens on port"):
-        supervise.look(config, supervise.part("mongod"))
+        parts.look(config, parts.part("mongod"))
 
 
 def test_no_part_outlives_a_supervisor_that_was_killed(config: Config) -> None:
     code = ("import sys; from workbench.config import Config; from workbench import supervise; "
             "supervise.up(Config.read(), ('mongod', 'worker'), lambda line: print(line, flush=True))")
-    process = subprocess.Popen([sys.executable, "-c", code], env=supervise.environment(config), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], env=parts.environment(config), stdout=subprocess.PIPE, text=True)
     lines = [process.stdout.readline() for _ in range(2)]
     assert all("answers after" in line for line in lines), lines
     children = psutil.Process(process.pid).children(recursive=True)
@@ -109,7 +110,7 @@ def test_a_taken_port_is_named_with_the_setting_that_moves_it(config: Config) ->
 
 def test_ctrl_c_ends_everything_with_exit_code_0(config: Config) -> None:
     process = subprocess.Popen([sys.executable, "-m", "workbench.cli", "up", "--part", "mongod"], cwd=PROJECT,
-                               env=supervise.environment(config), stdout=subprocess.PIPE, text=True)
+                               env=parts.environment(config), stdout=subprocess.PIPE, text=True)
     assert "mongod    answers after" in process.stdout.readline()
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
@@ -128,14 +129,14 @@ def test_no_secret_stands_on_a_command_line(config: Config) -> None:
     secrets = {"service_token": "s3cret-1", "cvat_token": "s3cret-2", "mongo_url": "mongodb://me:s3cret-3@db",
                "database_url": "postgresql://me:s3cret-4@db/x", "mlflow_url": "http://me:s3cret-5@ml"}
     secret = replace(config, **secrets)
-    for part in supervise.ALL:
+    for part in parts.ALL:
         assert "s3cret" not in " ".join(part.argv(secret)), part.name
-    inherited = supervise.environment(secret)
+    inherited = parts.environment(secret)
     assert Config.read(environ=inherited) == secret
 
 
 def test_every_part_listens_where_the_settings_say_and_on_loopback_by_default(config: Config) -> None:
-    for part in supervise.ALL:
+    for part in parts.ALL:
         argv = part.argv(config)
         if part.port:
             assert str(getattr(config, part.port)) in argv and "127.0.0.1" in argv, part.name
@@ -144,10 +145,10 @@ def test_every_part_listens_where_the_settings_say_and_on_loopback_by_default(co
 
 def test_a_part_that_cannot_start_is_tried_again_and_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    broken = supervise.Part("broken", "fails", lambda config: [sys.executable, "-c", "raise SystemExit('no such model')"],
-                            lambda config: supervise._answers("http://127.0.0.1:9/"), wave=0)
-    missing = supervise.Part("missing", "is not there", lambda config: ["/nowhere/program"], broken.probe, wave=0)
-    monkeypatch.setattr(supervise, "ALL", (broken, missing))
+    broken = parts.Part("broken", "fails", lambda config: [sys.executable, "-c", "raise SystemExit('no such model')"],
+                            lambda config: parts._answers("http://127.0.0.1:9/"), wave=0)
+    missing = parts.Part("missing", "is not there", lambda config: ["/nowhere/program"], broken.probe, wave=0)
+    monkeypatch.setattr(parts, "ALL", (broken, missing))
     with supervise.Supervisor(config, on_line=said.append) as supervisor:
         until(lambda: sum("broken stopped (exit 1: no such model)" in line for line in said) >= 2, "a second attempt")
         with pytest.raises(Unavailable, match="broken did not answer within 0.1 s.*ends: no such model"):
@@ -158,9 +159,9 @@ def test_a_part_that_cannot_start_is_tried_again_and_said(config: Config, monkey
 
 
 def test_a_log_that_grew_too_large_is_turned_over(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    chatty = supervise.Part("chatty", "talks", lambda config: [sys.executable, "-uc", "while True: print('x' * 999)"],
+    chatty = parts.Part("chatty", "talks", lambda config: [sys.executable, "-uc", "while True: print('x' * 999)"],
                             lambda config: None, wave=0)
-    monkeypatch.setattr(supervise, "ALL", (chatty,))
+    monkeypatch.setattr(parts, "ALL", (chatty,))
     monkeypatch.setattr(supervise, "LOG_BYTES", 50_000)
     log = config.home / "logs" / "chatty.log"
     with supervise.Supervisor(config, on_line=lambda line: None) as supervisor:
@@ -180,5 +181,5 @@ def test_everything_comes_up_and_the_first_page_within_20_seconds(config: Config
         supervisor.wait_ready(timeout_s=280)
         print(f"first page after {page_s:.1f} s, everything after {time.monotonic() - began:.1f} s")
         assert page_s < 20 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        assert set(supervisor.pids()) == {part.name for part in supervise.ALL}
+        assert set(supervisor.pids()) == {part.name for part in parts.ALL}
         assert not [line for line in said if "stopped" in line]

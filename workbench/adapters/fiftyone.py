@@ -153,10 +153,11 @@ class FiftyOneServer:
                 fo.delete_dataset(name)
             view = fo.Dataset(name, persistent=True)
             view.info = {"model": model_source, "dataset": dataset}
-            view.add_samples([_evaluated_sample(fo, labeled, found.get(labeled.frame.name), labels, paths) for labeled in truth],
-                             progress=False)
+            samples = [_evaluated_sample(fo, one, found.get(one.frame.name), labels, paths) for one in truth]
+            view.add_samples(samples, progress=False)
             if truth:
-                view.evaluate_detections("predictions", gt_field="ground_truth", eval_key="eval", iou=0.5)
+                view.evaluate_detections("predictions", gt_field="ground_truth", eval_key="eval", iou=0.5,
+                                         progress=False)
             view.save()
         return f"{self._app_url}/datasets/{quote(name)}"
 
@@ -168,8 +169,8 @@ class FiftyOneServer:
                                                    appname="workbench")
             except (pymongo.errors.ConfigurationError, ValueError) as error:
                 # The address may hold a password, so it is not repeated.
-                raise Invalid(f"The address of the annotation database is wrong ({type(error).__name__}). Mend the setting "
-                              "'mongo_url': it reads mongodb://host:port.") from error
+                raise Invalid(f"The address of the annotation database is wrong ({type(error).__name__}). Mend the "
+                              "setting 'mongo_url': it reads mongodb://host:port.") from error
         return self._client[DATABASE]
 
     def _document(self, dataset: str) -> dict[str, Any]:
@@ -245,8 +246,8 @@ def _open_dataset(fo: Any, dataset: str, taxonomy: Taxonomy) -> None:
     if fo.dataset_exists(dataset):
         opened = fo.load_dataset(dataset, reload=True)
         if opened.count() and "workbench" not in opened.info:
-            raise Conflict(f"FiftyOne has a dataset {dataset!r} that the workbench did not make. Choose another name, or "
-                           "rename the one in FiftyOne.")
+            raise Conflict(f"FiftyOne has a dataset {dataset!r} that the workbench did not make. Choose another "
+                           "name, or rename the one in FiftyOne.")
     else:
         opened = fo.Dataset(dataset, persistent=True)
     opened.media_type = "image"
@@ -274,11 +275,14 @@ def _open_dataset(fo: Any, dataset: str, taxonomy: Taxonomy) -> None:
         opened.update_label_schema(name, schema)
     opened.activate_label_schemas(list(LABEL_FIELDS))
     config = opened.app_config
-    config.sidebar_groups = [fo.SidebarGroupDocument(name=name, paths=paths, expanded=expanded) for name, paths, expanded in (
+    groups = (
         ("labels", list(LABEL_FIELDS), True),
         ("review", ["frame_name", "status", "split", "reviewed_by", "reviewed_at", "least_confidence"], True),
-        ("workbench", ["md5", "frame", "runs", "write_id", "id", "filepath", "tags", "created_at", "last_modified_at"], False),
-        ("metadata", [], False))]
+        ("workbench", ["md5", "frame", "runs", "write_id", "id", "filepath", "tags", "created_at", "last_modified_at"],
+         False),
+        ("metadata", [], False))
+    config.sidebar_groups = [fo.SidebarGroupDocument(name=name, paths=paths, expanded=is_open)
+                             for name, paths, is_open in groups]
     opened.app_config = config
     opened.info = {**opened.info, "workbench": {"labels": labels}}
     opened.save()
@@ -297,9 +301,10 @@ def _new_document(labeled: LabeledFrame, path: Path, dataset_id: Any) -> dict[st
     working = WorkingFrame(frame, annotations=labeled.annotations, status="accepted" if is_labeled else "new",
                            split=labeled.split, reviewed_by=labeled.reviewed_by)
     return {
-        "_dataset_id": dataset_id, "_media_type": "image", "_rand": random.random(), "filepath": str(Path(path).absolute()),
-        "tags": [], "created_at": at, "last_modified_at": at, "write_id": uuid.uuid4().hex,
-        "metadata": {"_cls": "ImageMetadata", "size_bytes": frame.size_bytes, "width": frame.width, "height": frame.height},
+        "_dataset_id": dataset_id, "_media_type": "image", "_rand": random.random(), "tags": [],
+        "filepath": str(Path(path).absolute()), "created_at": at, "last_modified_at": at, "write_id": uuid.uuid4().hex,
+        "metadata": {"_cls": "ImageMetadata", "size_bytes": frame.size_bytes, "width": frame.width,
+                     "height": frame.height},
         "frame_name": frame.name, "md5": frame.blob, "frame": json.dumps(frame.to_json()), **_changes(working),
     }
 
@@ -328,7 +333,8 @@ def _changes(working: WorkingFrame) -> dict[str, Any]:
             name, label = _to_label(annotation, working.frame)
             drawn[name].append(label)
     certain = [a.confidence for a in working.annotations or () if a.is_machine and a.confidence is not None]
-    lists = zip(LABEL_FIELDS, ("Detections", "Polylines", "Classifications"), ("detections", "polylines", "classifications"))
+    lists = zip(LABEL_FIELDS, ("Detections", "Polylines", "Classifications"),
+                ("detections", "polylines", "classifications"))
     return {
         **{name: None if drawn is None else {"_cls": kind, inner: drawn[name]} for name, kind, inner in lists},
         "runs": json.dumps([run.to_json() for run in working.runs]), "status": working.status, "split": working.split,
@@ -348,23 +354,27 @@ def _to_label(annotation: Annotation, frame: Frame) -> tuple[str, dict[str, Any]
     except (TypeError, ValueError) as error:
         raise Invalid(f"{frame.name!r}: attributes of {annotation.label!r} are not JSON ({error}).") from error
     label = {
-        "_id": ObjectId(_object_id(annotation.id)), "tags": [], "label": None if annotation.label == NO_LABEL else annotation.label,
+        "_id": ObjectId(_object_id(annotation.id)), "tags": [],
+        "label": None if annotation.label == NO_LABEL else annotation.label,
         "confidence": annotation.confidence, "annotation_id": annotation.id, "source": annotation.source,
         "details": details,
     }
     box = None
     if annotation.xyxy is not None:
         x1, y1, x2, y2 = annotation.xyxy
-        if not _has_area(annotation.xyxy) or min(x1, y1) < -EDGE_PX or x2 > frame.width + EDGE_PX or y2 > frame.height + EDGE_PX:
-            raise Invalid(f"{frame.name!r}: box {annotation.xyxy} of {annotation.label!r} leaves the frame ({frame.width} x "
-                          f"{frame.height}) or is too small to be seen. Cut it to the frame before writing it.")
+        is_inside = min(x1, y1) >= -EDGE_PX and x2 <= frame.width + EDGE_PX and y2 <= frame.height + EDGE_PX
+        if not is_inside or not _has_area(annotation.xyxy):
+            raise Invalid(f"{frame.name!r}: box {annotation.xyxy} of {annotation.label!r} leaves the frame "
+                          f"({frame.width} x {frame.height}) or is too small to be seen. Cut it to the frame first.")
         box = [x1 / frame.width, y1 / frame.height, (x2 - x1) / frame.width, (y2 - y1) / frame.height]
     if annotation.polygon is not None:
         points = [[[x / frame.width, y / frame.height] for x, y in annotation.polygon]]
-        return "polygons", {**label, "_cls": "Polyline", "attributes": {}, "points": points, "closed": True, "filled": True,
-                            "index": annotation.track_id, "box": box, "box_of": _digest(points) if box else None}
+        return "polygons", {**label, "_cls": "Polyline", "attributes": {}, "points": points, "closed": True,
+                            "filled": True, "index": annotation.track_id, "box": box,
+                            "box_of": _digest(points) if box else None}
     if box is not None:
-        return "labels", {**label, "_cls": "Detection", "attributes": {}, "bounding_box": box, "index": annotation.track_id}
+        return "labels", {**label, "_cls": "Detection", "attributes": {}, "bounding_box": box,
+                          "index": annotation.track_id}
     return "frame_labels", {**label, "_cls": "Classification"}
 
 
@@ -390,8 +400,7 @@ def _drawn(row: dict[str, Any], frame: Frame) -> Iterator[tuple[dict[str, Any], 
     can see it, let alone delete it.
     """
     for label in (row.get("labels") or {}).get("detections") or ():
-        x, y, width, height = _finite(label["bounding_box"], frame)
-        box = _in_frame((x * frame.width, y * frame.height, (x + width) * frame.width, (y + height) * frame.height), frame)
+        box = _box_in_pixels(label["bounding_box"], frame)
         if _has_area(box):
             yield label, {"xyxy": box}
     for label in (row.get("polygons") or {}).get("polylines") or ():
@@ -402,8 +411,7 @@ def _drawn(row: dict[str, Any], frame: Frame) -> Iterator[tuple[dict[str, Any], 
                 continue
             box = None
             if label.get("box") and label.get("box_of") == _digest([points]):
-                x, y, width, height = _finite(label["box"], frame)
-                box = _in_frame((x * frame.width, y * frame.height, (x + width) * frame.width, (y + height) * frame.height), frame)
+                box = _box_in_pixels(label["box"], frame)
             elif label.get("box"):  # the polygon was changed in the app, which knows nothing of the box beside it
                 xs, ys = zip(*pixels)
                 box = (min(xs), min(ys), max(xs), max(ys))
@@ -429,9 +437,15 @@ def _annotation(label: dict[str, Any], geometry: dict[str, Any], frame: Frame, s
         raise Invalid(f"{frame.name!r}: {error} Mend or delete it in the annotation app.") from error
 
 
+def _box_in_pixels(relative: Sequence[float], frame: Frame) -> tuple[float, ...]:
+    """Relative x, y, width, height -> x1, y1, x2, y2."""
+    x, y, width, height = _finite(relative, frame)
+    return _in_frame((x * frame.width, y * frame.height, (x + width) * frame.width, (y + height) * frame.height), frame)
+
+
 def _finite(values: Sequence[float], frame: Frame) -> Sequence[float]:
     if values is None or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-        raise Invalid(f"{frame.name!r} holds a drawing with the coordinates {values!r}. Delete it in the annotation app.")
+        raise Invalid(f"{frame.name!r} holds a drawing with coordinates {values!r}. Delete it in the annotation app.")
     return values
 
 
@@ -455,7 +469,8 @@ def _object_id(annotation_id: str) -> str:
     return hashlib.sha256(annotation_id.encode()).hexdigest()[:24]
 
 
-def _evaluated_sample(fo: Any, labeled: LabeledFrame, found: Detections | None, labels: Taxonomy, paths: dict[str, Path]) -> Any:
+def _evaluated_sample(fo: Any, labeled: LabeledFrame, found: Detections | None, labels: Taxonomy,
+                      paths: dict[str, Path]) -> Any:
     frame = labeled.frame
     found = Detections.empty() if found is None else found
 
@@ -478,7 +493,7 @@ def _parse_revision(working: WorkingFrame) -> tuple[datetime, str]:
     try:
         return datetime.fromisoformat(at), write_id
     except ValueError as error:
-        raise Invalid(f"{working.frame.name!r} has no revision of this server; read the frame before writing it.") from error
+        raise Invalid(f"{working.frame.name!r} has no revision of this server; read it before writing it.") from error
 
 
 def _utc_ms() -> datetime:

@@ -13,10 +13,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from workbench import __version__, kinds, supervise
+from workbench import __version__, kinds
 from workbench.config import Config
 from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable, WorkbenchError
 from workbench.jobs import STATES, JobStatus
+from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 CODES = {NotFound: 404, Conflict: 409, Cancelled: 409, Unavailable: 503, Invalid: 422}
@@ -43,7 +44,7 @@ def create(config: Config | None = None) -> FastAPI:
     workbench = Workbench(config)
     # Without pages of its own: they would load scripts from another site.
     app = FastAPI(title="Workbench", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=supervise.allowed_hosts(config))
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=parts.allowed_hosts(config))
     app.add_exception_handler(WorkbenchError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_form)
 
@@ -65,10 +66,10 @@ def create(config: Config | None = None) -> FastAPI:
     @v1.get("/health")
     def health() -> JSONResponse:
         """Each part and what is wrong with it; 503 when one does not answer."""
-        with ThreadPoolExecutor(len(supervise.ALL)) as pool:
-            parts = dict(pool.map(lambda part: (part.name, _state(workbench, part)), supervise.ALL))
-        is_well = all(said == "ok" for said in parts.values())
-        return JSONResponse({"ok": is_well, "parts": parts}, 200 if is_well else 503)
+        with ThreadPoolExecutor(len(parts.ALL)) as pool:
+            found = dict(pool.map(lambda part: (part.name, _state(workbench, part)), parts.ALL))
+        is_well = all(said == "ok" for said in found.values())
+        return JSONResponse({"ok": is_well, "parts": found}, 200 if is_well else 503)
 
     @v1.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
@@ -124,7 +125,7 @@ def _refuse_form(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": f"The request is not as it should be: {problems}."}, 422)
 
 
-def _state(workbench: Workbench, part: supervise.Part) -> str:
+def _state(workbench: Workbench, part: parts.Part) -> str:
     try:
         if part.name == "mongod":
             workbench.server.tasks()
@@ -132,7 +133,7 @@ def _state(workbench: Workbench, part: supervise.Part) -> str:
             if not workbench.jobs.workers():
                 raise Unavailable("No worker runs, so jobs stay queued; `workbench up` starts one.")
         else:
-            supervise.look(workbench.config, part)
+            parts.look(workbench.config, part)
     except WorkbenchError as error:
         return str(error)
     return "ok"

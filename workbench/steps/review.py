@@ -18,20 +18,24 @@ DECISIONS = ("accepted", "rejected", "reopen")
 # The annotation app may save between our reading and our writing; it saves at most every 2 s, so one more try is the
 # rule and the fifth says that something else keeps writing.
 ATTEMPTS = 5
-# FiftyOne's app saves an edit 1 to 3 s after it was made (measured: 1.3 s for a new box): who decides in it waits so long.
+# FiftyOne's app saves an edit 1 to 3 s after it was made (measured: 1.3 s for a new box); a decision waits so long.
 APP_SAVE_S = 3.5
 BATCH = 100
 
 
 def open_frame(dataset: str, frame: str, person: str, *, server: AnnotationServer, records: Records) -> WorkingFrame:
-    """Takes (or renews) the lease of a frame and returns it as it stands. Raises Conflict while somebody else holds it."""
+    """Takes or renews the lease of a frame and returns it as it stands. Raises Conflict while somebody else has it."""
     _check_person(person)
     records.lease(dataset, frame, person)
-    return _read(dataset, frame, server)
+    try:
+        return _read(dataset, frame, server)
+    except NotFound:
+        records.release(dataset, [frame], person)
+        raise
 
 
 def close_frame(dataset: str, frame: str, person: str, *, server: AnnotationServer, records: Records) -> None:
-    """Gives the lease back. What the annotation app saved after the person's decision is signed with their name first."""
+    """Gives the lease back. What the annotation app saved after the person's decision is signed first."""
     _check_person(person)
     if records.leased(dataset).get(frame) != person:
         return
@@ -174,7 +178,8 @@ def _change(dataset: str, frame: str, change: Callable[[WorkingFrame], WorkingFr
             _check_labels(after, labels)
         if after == before or not server.write(dataset, [after]):
             return before, after
-    raise Conflict(f"{frame} was changed by somebody else {ATTEMPTS} times in a row. Look who has it open, then decide again.")
+    raise Conflict(f"{frame} was changed by somebody else {ATTEMPTS} times in a row. Look who has it open, then decide "
+                   "again.")
 
 
 def _read(dataset: str, frame: str, server: AnnotationServer) -> WorkingFrame:
@@ -187,10 +192,11 @@ def _read(dataset: str, frame: str, server: AnnotationServer) -> WorkingFrame:
 def _check_labels(working: WorkingFrame, labels: Sequence[str]) -> None:
     for annotation in working.annotations or ():
         if annotation.label == NO_LABEL:
-            raise Invalid(f"{working.frame.name} has a box without a label. Give it one, or delete it, then accept the frame.")
+            raise Invalid(f"{working.frame.name} has a box without a label. Give it one, or delete it, then accept "
+                          "the frame.")
         if annotation.label not in labels:
-            raise Invalid(f"{working.frame.name} has a box labelled {annotation.label!r}, which the data set does not have "
-                          f"({', '.join(labels)}). Choose one of these, or add the label.")
+            raise Invalid(f"{working.frame.name} has a box labelled {annotation.label!r}, which the data set does not "
+                          f"have ({', '.join(labels)}). Choose one of these, or add the label.")
 
 
 def _check_person(person: str) -> None:
@@ -202,4 +208,5 @@ def _counts(working: WorkingFrame) -> dict[str, Any]:
     """What people did to a frame, counted for the ledger."""
     written, made = written_by_machines(working), touch(working)
     drawn = sum(annotation.id not in written for annotation in made.human)
-    return {"boxes": len(working.annotations or ()), "drawn": drawn, "touched": len(made.human) - drawn, "deleted": len(made.deleted)}
+    return {"boxes": len(working.annotations or ()), "drawn": drawn, "touched": len(made.human) - drawn,
+            "deleted": len(made.deleted)}

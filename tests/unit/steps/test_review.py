@@ -218,6 +218,8 @@ def test_a_wrong_decision_a_missing_frame_and_a_missing_name_are_told(server: Me
         decide(server, records, "a.jpg", "accepted", person=" ")
     with pytest.raises(NotFound, match="z.jpg"):
         decide(server, records, "z.jpg", "accepted")
+    with pytest.raises(NotFound, match="z.jpg"):
+        review.open_frame("cells", "z.jpg", "ann", server=server, records=records)
     assert records.leased("cells") == {}
 
 

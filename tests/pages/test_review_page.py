@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ for folder in (PROJECT / "tests", PROJECT / "tests" / "pages"):
         sys.path.insert(0, str(folder))
 
 import filled  # noqa: E402
-from conftest import settings  # noqa: E402
-from parts_mongo import mongod  # noqa: E402
+from parts_mongo import free_port, mongod  # noqa: E402
 from workbench.annotation import Annotation  # noqa: E402
+from workbench.config import Config  # noqa: E402
 from workbench.run import WorkingFrame, propose  # noqa: E402
 from workbench.wiring import Workbench  # noqa: E402
 
@@ -33,8 +34,11 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def reviewing(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
     """Twelve frames: nine accepted, two annotated by a machine (shelf/009, shelf/010), one new (shelf/011)."""
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
-    workbench = Workbench(settings(tmp_path / "home", mongo_url=database, person="ann"))
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "settings.toml").write_text(f'mongo_url = "{database}"\nperson = "ann"\nfiftyone_port = {free_port()}\n')
+    monkeypatch.setenv("WORKBENCH_HOME", str(home))
+    workbench = Workbench(Config.read(home, environ={}))
     filled.dataset(workbench)
     filled.working_copy(workbench)
     yield workbench
@@ -85,6 +89,7 @@ def test_reject_and_skip_move_on_until_nothing_is_left(reviewing: Workbench, vis
         assert not at.exception
     assert reviewing.server.task("shapes").by_status["rejected"] == 3
     assert "Every frame is reviewed." in headings(at)
+    assert not {"Accept", "Reject", "Skip"} & {each.label for each in at.button}
 
 
 def test_a_person_s_unsigned_work_is_shown_and_signed(reviewing: Workbench, visit: Open) -> None:
@@ -93,7 +98,6 @@ def test_a_person_s_unsigned_work_is_shown_and_signed(reviewing: Workbench, visi
     x1, y1, x2, y2 = first.xyxy
     moved = Annotation(first.label, (x1 + 5, y1, x2 + 5, y2), source=first.source, confidence=first.confidence, id=first.id)
     edited = (moved, *working.annotations[2:], Annotation("disc", (5, 5, 30, 30), id="f" * 32))
-    from dataclasses import replace
     assert reviewing.server.write("shapes", [replace(working, annotations=edited)]) == []
     at = visit("review", dataset="shapes")
     table = at.dataframe[0].value
