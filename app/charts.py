@@ -61,7 +61,7 @@ def learning(histories: Mapping[str, Sequence[tuple[float, float]]], y: str = "v
     rows = pd.DataFrame([{"metric": name, x: step, y: value} for name, points in histories.items() for step, value in points],
                         columns=["metric", x, y])
     return alt.Chart(rows).mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=2).encode(
-        x=alt.X(f"{x}:Q", axis=alt.Axis(tickMinStep=1)), y=alt.Y(f"{y}:Q", scale=alt.Scale(zero=False)),
+        x=alt.X(f"{x}:Q", axis=alt.Axis(tickMinStep=1, format="d")), y=alt.Y(f"{y}:Q", scale=alt.Scale(zero=False), axis=alt.Axis(format="~g")),
         color=alt.Color("metric:N", legend=alt.Legend(orient="top", title=None)),
         tooltip=["metric", x, alt.Tooltip(y, format=".4f")],
     ).properties(height=240)

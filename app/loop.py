@@ -26,7 +26,8 @@ JOB_STATION = {"upload": "upload", "annotate": "annotate", "undo": "annotate", "
 
 @dataclass(frozen=True)
 class Loop:
-    """by_status, evaluations and pending are None when the part that knows them does not answer."""
+    """by_status, evaluations, runs and pending are None when the part that knows them does not answer, or was not asked
+    yet (is_partial)."""
 
     dataset: str
     by_status: Mapping[str, int] | None = None
@@ -41,6 +42,7 @@ class Loop:
     champion_trained_on: str = ""
     deployed: str | None = None
     active: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    is_partial: bool = False
 
     @property
     def latest(self) -> DatasetVersion | None:
@@ -57,10 +59,12 @@ class NextStep:
     station: str
 
 
-def gather(workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, int]]) -> tuple[Loop, list[WorkbenchError]]:
+def gather(workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, int]],
+           is_partial: bool = False) -> tuple[Loop, list[WorkbenchError]]:
     """The loop of a data set, and why some of it is not known: a part that is down leaves its station empty.
 
-    active  station -> (done, total) of the jobs that run
+    active      station -> (done, total) of the jobs that run
+    is_partial  ask neither mongod nor MLflow: their libraries take seconds to open the first time
     """
     failures: list[WorkbenchError] = []
 
@@ -72,11 +76,11 @@ def gather(workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, i
             return otherwise
 
     versions = ask(lambda: tuple(workbench.datasets.versions(dataset)), ())
-    task = ask(lambda: workbench.server.task(dataset), None)
+    task = None if is_partial else ask(lambda: workbench.server.task(dataset), None)
     is_down = bool(failures)
     waiting = None if task is None or is_down else ask(
         lambda: len(pending(dataset, server=workbench.server, store=workbench.datasets).frames), None)
-    evaluations = ask(lambda: workbench.tracker.runs(f"{dataset}/evaluations"), None)
+    evaluations = None if is_partial else ask(lambda: workbench.tracker.runs(f"{dataset}/evaluations"), None)
     # One sentence about a tracker that is down is enough.
     runs = None if evaluations is None else ask(lambda: workbench.tracker.runs(dataset), None)
     promoted = [one for one in workbench.records.entries("promotions", dataset) if one.facts.get("promoted")]
@@ -90,7 +94,7 @@ def gather(workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, i
         champion=champion.subject if champion else None,
         champion_map=(champion.facts.get("challenger") or {}).get("map_50_95") if champion else None,
         champion_trained_on=_trained_on(workbench, champion.subject) if champion else "",
-        deployed=workbench.records.deployed(dataset), active=active,
+        deployed=workbench.records.deployed(dataset), active=active, is_partial=is_partial,
     ), failures
 
 
@@ -143,18 +147,17 @@ def figures(loop: Loop) -> dict[str, tuple[str, str]]:
     count = loop.by_status
     total = sum(count.values()) if count is not None else loop.latest.frames if loop.latest else 0
     latest = loop.latest
+    no_mongod, no_mlflow = (("…", "asking"),) * 2 if loop.is_partial else (("–", "mongod does not answer"), ("–", "MLflow does not answer"))
     return {
         "upload": (str(total), "frames" if total != 1 else "frame"),
-        "annotate": (str(count.get("new", 0)), "new, nobody looked") if count is not None else ("–", "mongod does not answer"),
+        "annotate": (str(count.get("new", 0)), "new, nobody looked") if count is not None else no_mongod,
         "review": (f"{count.get('accepted', 0)}", f"accepted · {count.get('annotated', 0)} waiting · "
-                   f"{count.get('rejected', 0)} rejected") if count is not None else ("–", "mongod does not answer"),
+                   f"{count.get('rejected', 0)} rejected") if count is not None else no_mongod,
         "evaluate": (f"{loop.best[1]:.3f}", f"best mAP · {loop.best[0]}") if loop.best else
-                    ("–" if loop.evaluations is None else str(loop.evaluations),
-                     "MLflow does not answer" if loop.evaluations is None else "evaluations"),
+                    no_mlflow if loop.evaluations is None else (str(loop.evaluations), "evaluations"),
         "version": (latest.version if latest else "–", f"{len(loop.versions)} published · {latest.boxes} boxes" if latest
                     else "none published"),
-        "retrain": ("–" if loop.runs is None else str(loop.runs),
-                    "MLflow does not answer" if loop.runs is None else "training runs" if loop.runs != 1 else "training run"),
+        "retrain": no_mlflow if loop.runs is None else (str(loop.runs), "training runs" if loop.runs != 1 else "training run"),
         "promote": (f"{loop.champion_map:.3f}" if loop.champion_map is not None else "–",
                     f"mAP · {loop.champion}" if loop.champion else "no champion yet"),
         "deploy": ("on" if loop.deployed else "–", loop.deployed or "no annotator yet"),

@@ -8,6 +8,7 @@ from app import draw, session, times
 from app.loop import JOB_STATION, Loop, gather, next_step, picture
 from workbench import quickstart
 from workbench.errors import WorkbenchError
+from workbench.jobs import JobStatus
 from workbench.records import Entry
 
 LEDGERS = ("uploads", "machine_runs", "reviews", "promotions", "deployments")
@@ -30,18 +31,17 @@ def first_visit() -> None:
         st.markdown("**The quick-start data set**")
         st.write("Handwritten digits on photographs, with exact boxes: made on this machine in a few seconds, no download.")
         job = session.watched("upload", "digits")
-        if job and not job.is_over:
+        if job:
             session.job_panel(job.id)
-        elif st.button("Make the quick-start data set", type="primary", icon=":material/rocket_launch:"):
+        if (job is None or job.is_over) and st.button("Make the quick-start data set", type="primary",
+                                                      icon=":material/rocket_launch:"):
             with session.explained(), st.spinner("Pasting digits onto photographs …"):
                 folder = quickstart.generate(session.workbench().config.home / "quickstart", **QUICKSTART)
                 if session.submit("upload", {"dataset": "digits", "source": str(folder), "split": None}):
                     st.rerun()
-        if job and job.state == "done":
-            st.rerun()
 
 
-def running(dataset: str) -> dict[str, object]:
+def running(dataset: str) -> dict[str, JobStatus]:
     """station -> the job that runs there now."""
     try:
         jobs = session.active_jobs()
@@ -54,10 +54,15 @@ def running(dataset: str) -> dict[str, object]:
 
 @st.fragment(run_every=5)
 def draw_loop(dataset: str) -> None:
-    jobs = running(dataset)
-    loop, failures = gather(session.workbench(), dataset, {station: (job.done, job.total) for station, job in jobs.items()})
+    active = {station: (job.done, job.total) for station, job in running(dataset).items()}
+    place = st.empty()
+    if f"loop_{dataset}" not in st.session_state:
+        # The first time, what needs no other part stands there at once.
+        place.html(picture(gather(session.workbench(), dataset, active, is_partial=True)[0], query=session.chosen()))
+        st.session_state[f"loop_{dataset}"] = True
+    loop, failures = gather(session.workbench(), dataset, active)
     todo = next_step(loop)
-    st.html(picture(loop, todo.station, session.chosen()))
+    place.html(picture(loop, todo.station, session.chosen()))
     with st.container(border=True, horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f":material/arrow_circle_right: **Next:** {session.literal(todo.sentence)}", width="content")
         if st.button(todo.button, type="primary", key="next_step"):

@@ -75,7 +75,9 @@ class Visitor:
         self.page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
 
     def press(self, key: str) -> None:
-        self.page.locator(f".st-key-{key} button:not([disabled])").click()
+        # While a page is drawn anew, what it showed before may still stand beside it.
+        self.settle()
+        self.page.locator(f".st-key-{key} button:not([disabled])").first.click()
 
     def see(self, text: str | re.Pattern, timeout: int = SHORT_MS) -> None:
         """Waits for a text; fails early, with what the page says, when an error stands there instead."""

@@ -58,3 +58,8 @@ def test_text_from_outside_cannot_become_markup() -> None:
 def test_a_station_whose_part_is_down_says_so() -> None:
     assert "mongod does not answer" in picture(Loop("shapes", None, (version(),), None))
     assert "MLflow does not answer" in picture(Loop("shapes", {}, (version(),), None))
+
+
+def test_before_the_parts_were_asked_no_station_says_they_are_down() -> None:
+    html = picture(Loop("shapes", None, (version(),), is_partial=True))
+    assert "does not answer" not in html and "asking" in html and "0.1.0" in html
