@@ -19,8 +19,28 @@ from workbench.dataset import Frame
 from workbench.errors import WorkbenchError
 
 # Twenty colours that stay apart on photographs, the first ones the most: Sasha Trubetskoy's list of distinct colours.
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe", "#008080",
-           "#ffe119", "#9a6324", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075", "#808080", "#e6beff", "#fffac8")
+PALETTE = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#46f0f0",
+    "#f032e6",
+    "#bcf60c",
+    "#fabebe",
+    "#008080",
+    "#ffe119",
+    "#9a6324",
+    "#800000",
+    "#aaffc3",
+    "#808000",
+    "#ffd8b1",
+    "#000075",
+    "#808080",
+    "#e6beff",
+    "#fffac8",
+)
 WIDTH = 480
 DASH = 6
 JPEG_QUALITY = 86
@@ -42,7 +62,9 @@ def colour_of(label: str, labels: Sequence[str] = ()) -> str:
     return PALETTE[hashlib.md5(label.encode(), usedforsecurity=False).digest()[0] % len(PALETTE)]
 
 
-def draw(image: Image.Image, annotations: Iterable[Annotation], labels: Sequence[str] = (), width: int = WIDTH) -> Image.Image:
+def draw(
+    image: Image.Image, annotations: Iterable[Annotation], labels: Sequence[str] = (), width: int = WIDTH
+) -> Image.Image:
     """An RGB copy of the image, `width` pixels wide at most, with boxes, polygons and label text on it.
 
     Coordinates of the annotations are pixels of the image as given. Drawn after scaling, so lines stay crisp.
@@ -83,14 +105,24 @@ def _dashed(pen: ImageDraw.ImageDraw, box: tuple[float, ...], colour: str) -> No
         pen.line((x2, start, x2, end), fill=colour, width=2)
 
 
-def _chip(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: tuple[float, ...], annotation: Annotation, colour: str,
-          font: ImageFont.FreeTypeFont) -> None:
+def _chip(
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    box: tuple[float, ...],
+    annotation: Annotation,
+    colour: str,
+    font: ImageFont.FreeTypeFont,
+) -> None:
     """The label above its box; left out where it would be much wider than the box and hide the neighbours."""
     text = annotation.label if annotation.confidence is None else f"{annotation.label} {annotation.confidence:.2f}"
     text = text if text.isascii() else text.encode("latin-1", "replace").decode("latin-1")
     wide = pen.textlength(text, font=font)
     if wide > 1.8 * (box[2] - box[0]):
-        text = annotation.label if annotation.label.isascii() else annotation.label.encode("latin-1", "replace").decode("latin-1")
+        text = (
+            annotation.label
+            if annotation.label.isascii()
+            else annotation.label.encode("latin-1", "replace").decode("latin-1")
+        )
         wide = pen.textlength(text, font=font)
         if wide > 2.2 * (box[2] - box[0]):
             return
@@ -103,14 +135,15 @@ def _chip(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: tuple[float, ...
 
 def _ink(colour: str) -> str:
     """Black or white, whichever reads better: relative luminance by ITU-R BT.601."""
-    red, green, blue = (int(colour[start:start + 2], 16) for start in (1, 3, 5))
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"
 
 
 def jpeg(blobs: Blobs, picture: Picture, labels: Sequence[str] = (), width: int = WIDTH) -> bytes:
-    """The picture as JPEG bytes, drawn once per content. Raises what the blob store raises, or OSError for bad pixels."""
-    drawn = tuple((a.label, a.xyxy, a.polygon, a.source, a.confidence, "touched_by" in a.attributes)
-                  for a in picture.annotations)
+    """The picture as JPEG bytes, drawn once per content. Raises WorkbenchError, or OSError for bad pixels."""
+    drawn = tuple(
+        (a.label, a.xyxy, a.polygon, a.source, a.confidence, "touched_by" in a.attributes) for a in picture.annotations
+    )
     return _jpeg(str(blobs.path(picture.blob)), drawn, tuple(labels), width, picture.annotations)
 
 
@@ -128,7 +161,7 @@ def gallery(pictures: Sequence[Picture], labels: Sequence[str] = (), columns: in
     """A grid of frames with captions; one that cannot be shown says so in its place."""
     blobs = session.workbench().blobs
     for start in range(0, len(pictures), columns):
-        for column, picture in zip(st.columns(columns), pictures[start:start + columns]):
+        for column, picture in zip(st.columns(columns), pictures[start : start + columns]):
             with column:
                 try:
                     st.image(jpeg(blobs, picture, labels, width), width="stretch")
@@ -143,11 +176,15 @@ def gallery(pictures: Sequence[Picture], labels: Sequence[str] = (), columns: in
 def legend(labels: Sequence[str], used: Iterable[str] | None = None) -> None:
     """Which colour is which label, and what a dashed box means."""
     shown = [label for label in labels if used is None or label in set(used)][:30]
-    chips = "".join(f"<span style='white-space:nowrap'><i style='background:{colour_of(label, labels)}'></i>{escape(label)}</span>"
-                    for label in shown)
-    st.html("<style>.legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.82rem;opacity:.85}"
-            ".legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}</style>"
-            f"<div class='legend'>{chips}<span>┅ dashed: a machine drew it</span><span>─ solid: a person</span></div>")
+    chips = "".join(
+        f"<span style='white-space:nowrap'><i style='background:{colour_of(label, labels)}'></i>{escape(label)}</span>"
+        for label in shown
+    )
+    st.html(
+        "<style>.legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.82rem;opacity:.85}"
+        ".legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}</style>"
+        f"<div class='legend'>{chips}<span>┅ dashed: a machine drew it</span><span>─ solid: a person</span></div>"
+    )
 
 
 def of_labeled(frame: Frame, annotations: Sequence[Annotation] | None, caption: str = "") -> Picture:

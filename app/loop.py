@@ -15,13 +15,26 @@ from workbench.wiring import Workbench
 
 # station -> (page, what it does in three words)
 STATIONS = {
-    "upload": ("upload", "frames come in"), "annotate": ("annotate", "a model draws"), "review": ("review", "a person decides"),
-    "evaluate": ("evaluate", "scores on a split"), "version": ("versions", "labels are published"),
-    "retrain": ("retrain", "a student learns"), "promote": ("retrain", "challenger or champion"),
+    "upload": ("upload", "frames come in"),
+    "annotate": ("annotate", "a model draws"),
+    "review": ("review", "a person decides"),
+    "evaluate": ("evaluate", "scores on a split"),
+    "version": ("versions", "labels are published"),
+    "retrain": ("retrain", "a student learns"),
+    "promote": ("retrain", "challenger or champion"),
     "deploy": ("models", "the next annotator"),
 }
-JOB_STATION = {"upload": "upload", "annotate": "annotate", "undo": "annotate", "correct": "review", "evaluate": "evaluate",
-               "version": "version", "retrain": "retrain", "promote": "promote", "deploy": "deploy"}
+JOB_STATION = {
+    "upload": "upload",
+    "annotate": "annotate",
+    "undo": "annotate",
+    "correct": "review",
+    "evaluate": "evaluate",
+    "version": "version",
+    "retrain": "retrain",
+    "promote": "promote",
+    "deploy": "deploy",
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,9 @@ class NextStep:
     station: str
 
 
-def gather(workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, int]],
-           is_partial: bool = False) -> tuple[Loop, list[WorkbenchError]]:
+def gather(
+    workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, int]], is_partial: bool = False
+) -> tuple[Loop, list[WorkbenchError]]:
     """The loop of a data set, and why some of it is not known: a part that is down leaves its station empty.
 
     active      station -> (done, total) of the jobs that run
@@ -78,23 +92,36 @@ def gather(workbench: Workbench, dataset: str, active: Mapping[str, tuple[int, i
     versions = ask(lambda: tuple(workbench.datasets.versions(dataset)), ())
     task = None if is_partial else ask(lambda: workbench.server.task(dataset), None)
     is_down = bool(failures)
-    waiting = None if task is None or is_down else ask(
-        lambda: len(pending(dataset, server=workbench.server, store=workbench.datasets).frames), None)
+    waiting = (
+        None
+        if task is None or is_down
+        else ask(lambda: len(pending(dataset, server=workbench.server, store=workbench.datasets).frames), None)
+    )
     evaluations = None if is_partial else ask(lambda: workbench.tracker.runs(f"{dataset}/evaluations"), None)
     # One sentence about a tracker that is down is enough.
     runs = None if evaluations is None else ask(lambda: workbench.tracker.runs(dataset), None)
     promoted = [one for one in workbench.records.entries("promotions", dataset) if one.facts.get("promoted")]
-    scores = [(str(run["tags"].get("model") or run["params"].get("model") or run["name"]), run["metrics"]["map_50_95"])
-              for run in evaluations or () if "map_50_95" in run["metrics"]]
+    scores = [
+        (str(run["tags"].get("model") or run["params"].get("model") or run["name"]), run["metrics"]["map_50_95"])
+        for run in evaluations or ()
+        if "map_50_95" in run["metrics"]
+    ]
     champion = promoted[0] if promoted else None
     return Loop(
-        dataset=dataset, by_status=None if task is None else task.by_status, versions=versions, pending=waiting,
-        models=tuple(ask(workbench.models.refs, ())), evaluations=None if evaluations is None else len(evaluations),
-        best=max(scores, key=lambda one: one[1]) if scores else None, runs=None if runs is None else len(runs),
+        dataset=dataset,
+        by_status=None if task is None else task.by_status,
+        versions=versions,
+        pending=waiting,
+        models=tuple(ask(workbench.models.refs, ())),
+        evaluations=None if evaluations is None else len(evaluations),
+        best=max(scores, key=lambda one: one[1]) if scores else None,
+        runs=None if runs is None else len(runs),
         champion=champion.subject if champion else None,
         champion_map=(champion.facts.get("challenger") or {}).get("map_50_95") if champion else None,
         champion_trained_on=_trained_on(workbench, champion.subject) if champion else "",
-        deployed=workbench.records.deployed(dataset), active=active, is_partial=is_partial,
+        deployed=workbench.records.deployed(dataset),
+        active=active,
+        is_partial=is_partial,
     ), failures
 
 
@@ -113,29 +140,64 @@ def next_step(loop: Loop) -> NextStep:
     labelled = loop.latest.labeled if loop.latest else 0
     if loop.active:
         station = next(iter(loop.active))
-        return NextStep(f"The {station} job is running; it goes on when this page is closed.", "jobs", "Watch the job", station)
+        return NextStep(
+            f"The {station} job is running; it goes on when this page is closed.", "jobs", "Watch the job", station
+        )
     if annotated:
-        return NextStep(f"{_frames(annotated)} wait{'s' if annotated == 1 else ''} for a person to accept or reject what is drawn.",
-                        "review", "Review the next frame", "review")
+        return NextStep(
+            f"{_frames(annotated)} wait{'s' if annotated == 1 else ''} for a person to accept or reject what is drawn.",
+            "review",
+            "Review the next frame",
+            "review",
+        )
     if loop.pending:
-        return NextStep(f"{_frames(loop.pending)} changed since the last version: publish them.",
-                        "versions", "Publish the next version", "version")
+        return NextStep(
+            f"{_frames(loop.pending)} changed since the last version: publish them.",
+            "versions",
+            "Publish the next version",
+            "version",
+        )
     if loop.champion and loop.deployed != loop.champion:
-        return NextStep(f"{loop.champion} is champion but does not annotate yet: deploy it.", "retrain", "Deploy the champion",
-                        "deploy")
+        return NextStep(
+            f"{loop.champion} is champion but does not annotate yet: deploy it.",
+            "retrain",
+            "Deploy the champion",
+            "deploy",
+        )
     if new and loop.models:
-        return NextStep(f"{_frames(new)} {'is' if new == 1 else 'are'} new: let a model draw the first boxes.",
-                        "annotate", "Annotate new frames", "annotate")
+        return NextStep(
+            f"{_frames(new)} {'is' if new == 1 else 'are'} new: let a model draw the first boxes.",
+            "annotate",
+            "Annotate new frames",
+            "annotate",
+        )
     if labelled and not loop.champion:
-        return NextStep(f"{_frames(labelled)} {'is' if labelled == 1 else 'are'} labelled and no model has learned from "
-                        "them yet: train the first student.", "retrain", "Train a student", "retrain")
+        return NextStep(
+            f"{_frames(labelled)} {'is' if labelled == 1 else 'are'} labelled and no model has learned from "
+            "them yet: train the first student.",
+            "retrain",
+            "Train a student",
+            "retrain",
+        )
     if labelled and loop.latest and loop.champion_trained_on not in ("", loop.latest.ref):
-        return NextStep(f"The champion learned from {loop.champion_trained_on}; {loop.latest.ref} has newer labels: train a "
-                        "challenger.", "retrain", "Train a challenger", "retrain")
+        return NextStep(
+            f"The champion learned from {loop.champion_trained_on}; {loop.latest.ref} has newer labels: train a "
+            "challenger.",
+            "retrain",
+            "Train a challenger",
+            "retrain",
+        )
     if new:
-        return NextStep(f"{_frames(new)} {'is' if new == 1 else 'are'} new and there is no model to draw on them: label the "
-                        "first by hand.", "review", "Label the first frames", "review")
-    return NextStep("Everything is reviewed, published and trained on: bring in new frames.", "upload", "Upload frames", "upload")
+        return NextStep(
+            f"{_frames(new)} {'is' if new == 1 else 'are'} new and there is no model to draw on them: label the "
+            "first by hand.",
+            "review",
+            "Label the first frames",
+            "review",
+        )
+    return NextStep(
+        "Everything is reviewed, published and trained on: bring in new frames.", "upload", "Upload frames", "upload"
+    )
 
 
 def _frames(number: int) -> str:
@@ -147,26 +209,42 @@ def figures(loop: Loop) -> dict[str, tuple[str, str]]:
     count = loop.by_status
     total = sum(count.values()) if count is not None else loop.latest.frames if loop.latest else 0
     latest = loop.latest
-    no_mongod, no_mlflow = (("…", "asking"),) * 2 if loop.is_partial else (("–", "mongod does not answer"), ("–", "MLflow does not answer"))
+    no_mongod, no_mlflow = (
+        (("…", "asking"),) * 2
+        if loop.is_partial
+        else (("–", "mongod does not answer"), ("–", "MLflow does not answer"))
+    )
     return {
         "upload": (str(total), "frames" if total != 1 else "frame"),
         "annotate": (str(count.get("new", 0)), "new, nobody looked") if count is not None else no_mongod,
-        "review": (f"{count.get('accepted', 0)}", f"accepted · {count.get('annotated', 0)} waiting · "
-                   f"{count.get('rejected', 0)} rejected") if count is not None else no_mongod,
-        "evaluate": (f"{loop.best[1]:.3f}", f"best mAP · {loop.best[0]}") if loop.best else
-                    no_mlflow if loop.evaluations is None else (str(loop.evaluations), "evaluations"),
-        "version": (latest.version if latest else "–", f"{len(loop.versions)} published · {latest.boxes} boxes" if latest
-                    else "none published"),
-        "retrain": no_mlflow if loop.runs is None else (str(loop.runs), "training runs" if loop.runs != 1 else "training run"),
-        "promote": (f"{loop.champion_map:.3f}" if loop.champion_map is not None else "–",
-                    f"mAP · {loop.champion}" if loop.champion else "no champion yet"),
+        "review": (
+            f"{count.get('accepted', 0)}",
+            f"accepted · {count.get('annotated', 0)} waiting · {count.get('rejected', 0)} rejected",
+        )
+        if count is not None
+        else no_mongod,
+        "evaluate": (f"{loop.best[1]:.3f}", f"best mAP · {loop.best[0]}")
+        if loop.best
+        else no_mlflow
+        if loop.evaluations is None
+        else (str(loop.evaluations), "evaluations"),
+        "version": (
+            latest.version if latest else "–",
+            f"{len(loop.versions)} published · {latest.boxes} boxes" if latest else "none published",
+        ),
+        "retrain": no_mlflow
+        if loop.runs is None
+        else (str(loop.runs), "training runs" if loop.runs != 1 else "training run"),
+        "promote": (
+            f"{loop.champion_map:.3f}" if loop.champion_map is not None else "–",
+            f"mAP · {loop.champion}" if loop.champion else "no champion yet",
+        ),
         "deploy": ("on" if loop.deployed else "–", loop.deployed or "no annotator yet"),
     }
 
 
 def picture(loop: Loop, todo: str = "", query: Mapping[str, str] | None = None) -> str:
-    """The loop as HTML, four stations to the right and four back; every station links to its page with `query`. All text is
-    escaped.
+    """The loop as HTML, four stations to the right and four back; each links to its page with `query`. All text is escaped.
 
     HTML and not SVG: Streamlit's sanitiser lets no inline SVG through.
     """
@@ -182,8 +260,9 @@ def _row(cards: list[str], arrow: str) -> list[str]:
     return [piece for card in cards for piece in (f"<b>{arrow}</b>", card)][1:]
 
 
-def _card(loop: Loop, station: str, stations: list[str], said: Mapping[str, tuple[str, str]], todo: str,
-          query: str) -> str:
+def _card(
+    loop: Loop, station: str, stations: list[str], said: Mapping[str, tuple[str, str]], todo: str, query: str
+) -> str:
     page, about = STATIONS[station]
     value, below = said[station]
     classes = "station" + (" todo" if station == todo else "") + (" running" if station in loop.active else "")
@@ -191,9 +270,13 @@ def _card(loop: Loop, station: str, stations: list[str], said: Mapping[str, tupl
         done, total = loop.active[station]
         value, below = (f"{done}/{total}" if total else "…"), "a job is running"
     href = f"{page}?{query}" if query else page
-    return (f"<a href='{escape(href)}' class='{classes}'><span class='name'><span class='number'>{stations.index(station) + 1}</span>"
-            f"{station}<span class='about'>{escape(about)}</span></span>"
-            f"<span class='value'>{escape(value)}</span><span class='below' title='{escape(below)}'>{escape(below)}</span></a>")
+    return (
+        f"<a href='{escape(href)}' class='{classes}'><span class='name'>"
+        f"<span class='number'>{stations.index(station) + 1}</span>"
+        f"{station}<span class='about'>{escape(about)}</span></span>"
+        f"<span class='value'>{escape(value)}</span>"
+        f"<span class='below' title='{escape(below)}'>{escape(below)}</span></a>"
+    )
 
 
 _STYLE = """
@@ -205,8 +288,8 @@ _STYLE = """
  border:1.5px solid rgba(110,130,130,.28);background:rgba(15,118,110,.045);color:inherit;text-decoration:none}
 .loop .station:hover{border-color:#0f766e;background:rgba(15,118,110,.1)}
 .loop .name{display:flex;align-items:center;gap:.45rem;font-weight:650;font-size:.98rem}
-.loop .number{flex:none;width:1.4rem;height:1.4rem;border-radius:50%;background:rgba(15,118,110,.16);color:#0f766e;font-size:.76rem;
- font-weight:700;display:flex;align-items:center;justify-content:center}
+.loop .number{flex:none;width:1.4rem;height:1.4rem;border-radius:50%;background:rgba(15,118,110,.16);color:#0f766e;
+ font-size:.76rem; font-weight:700;display:flex;align-items:center;justify-content:center}
 .loop .about{margin-left:auto;font-weight:400;font-size:.72rem;opacity:.55;white-space:nowrap}
 .loop .value{font-size:1.65rem;font-weight:700;line-height:1.25;margin-top:.4rem}
 .loop .below{font-size:.78rem;opacity:.72;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}

@@ -17,8 +17,11 @@ from app import session  # noqa: E402
 PAGES = {
     "": [("overview", "Overview", "home")],
     "The loop": [
-        ("upload", "Upload", "upload"), ("annotate", "Annotate", "auto_awesome"), ("review", "Review", "fact_check"),
-        ("evaluate", "Evaluate", "monitoring"), ("versions", "Versions", "commit"),
+        ("upload", "Upload", "upload"),
+        ("annotate", "Annotate", "auto_awesome"),
+        ("review", "Review", "fact_check"),
+        ("evaluate", "Evaluate", "monitoring"),
+        ("versions", "Versions", "commit"),
         ("retrain", "Retrain and promote", "model_training"),
     ],
     "Behind it": [("models", "Models", "deployed_code"), ("jobs", "Jobs", "list_alt"), ("cvat", "CVAT", "hub")],
@@ -26,9 +29,20 @@ PAGES = {
 
 st.set_page_config(page_title="Workbench", page_icon=":material/cycle:", layout="wide", initial_sidebar_state=232)
 st.logo(PROJECT / "app" / "logo.svg", size="large")
-page = st.navigation({
-    section: [st.Page(PROJECT / "pages" / f"{name}.py", title=title, icon=f":material/{icon}:", url_path=name,
-                      default=name == "overview") for name, title, icon in pages]
-    for section, pages in PAGES.items()})
+page = st.navigation(
+    {
+        section: [
+            st.Page(
+                PROJECT / "pages" / f"{name}.py",
+                title=title,
+                icon=f":material/{icon}:",
+                url_path=name,
+                default=name == "overview",
+            )
+            for name, title, icon in pages
+        ]
+        for section, pages in PAGES.items()
+    }
+)
 session.frame()
 page.run()

@@ -44,12 +44,21 @@ def person() -> str:
 
 def frame() -> None:
     """What surrounds every page: a little style, and who acts."""
-    st.html("<style>.block-container{padding:2.2rem 2.6rem 4rem;max-width:1500px}"
-            "[data-testid=stMetricValue]{font-size:1.5rem}</style>")
+    st.html(
+        "<style>.block-container{padding:2.2rem 2.6rem 4rem;max-width:1500px}"
+        "[data-testid=stMetricValue]{font-size:1.5rem}</style>"
+    )
     with st.sidebar:
         # Kept apart from the widget: Streamlit forgets a widget's value when a page is left.
-        st.text_input("Who acts", value=person(), key="acting_person_typed", max_chars=PERSON_LETTERS, icon=":material/person:",
-                      on_change=_take_person, help="Reviews, runs, versions and promotions are recorded under this name.")
+        st.text_input(
+            "Who acts",
+            value=person(),
+            key="acting_person_typed",
+            max_chars=PERSON_LETTERS,
+            icon=":material/person:",
+            on_change=_take_person,
+            help="Reviews, runs, versions and promotions are recorded under this name.",
+        )
 
 
 def _take_person() -> None:
@@ -101,8 +110,7 @@ def empty(sentence: str, page: str | None = None, label: str = "", icon: str = "
 
 def link(page: str, label: str, icon: str = "arrow_forward") -> None:
     """A link to another page that keeps what is chosen."""
-    st.page_link(PAGES / f"{page}.py", label=label, icon=f":material/{icon or 'arrow_forward'}:",
-                 query_params=chosen())
+    st.page_link(PAGES / f"{page}.py", label=label, icon=f":material/{icon or 'arrow_forward'}:", query_params=chosen())
 
 
 def go(page: str, **choices: str) -> None:
@@ -128,17 +136,20 @@ def version_picker(dataset: str, label: str = "Version", name: str = "version") 
     return None
 
 
-def model_picker(refs: Sequence[str], label: str = "Model", about: dict[str, str] | None = None,
-                 name: str = "model") -> str | None:
+def model_picker(
+    refs: Sequence[str], label: str = "Model", about: dict[str, str] | None = None, name: str = "model"
+) -> str | None:
     """One of the model references, best first as the caller ordered them; None when there are none."""
     return pick(name, label, list(refs), lambda ref: (about or {}).get(ref, ref))
 
 
-def pick(name: str, label: str, options: Sequence[str], format_func: Any = str, keeps_default: bool = False) -> str | None:
+def pick(
+    name: str, label: str, options: Sequence[str], format_func: Any = str, keeps_default: bool = False
+) -> str | None:
     """A select box whose choice survives a change of page (session) and a reload (address).
 
-    What a person chose is kept. What stood there by default is kept only with `keeps_default`: otherwise the first option
-    is chosen anew each time, so that the version just published, or the model just deployed, is the next one used.
+    What a person chose is kept. What stood there by default is kept only with `keeps_default`: otherwise the first
+    option is chosen anew each time, so that the version just published, or the model just deployed, is the next one used.
     """
     if not options:
         return None
@@ -161,7 +172,10 @@ def _keep(name: str) -> None:
 
 def chosen() -> dict[str, str]:
     """What an address must carry to open another page with the same data set and person."""
-    said = {"dataset": st.session_state.get("chosen_dataset"), "person": person() if person() != workbench().config.person else None}
+    said = {
+        "dataset": st.session_state.get("chosen_dataset"),
+        "person": person() if person() != workbench().config.person else None,
+    }
     return {name: value for name, value in said.items() if value}
 
 
@@ -175,8 +189,9 @@ def submit(kind: str, arguments: dict[str, Any]) -> str | None:
     arguments = {**arguments, "person": person()}
     said = json.dumps([token, kind, arguments], sort_keys=True)
     with explained():
-        job_id = workbench().jobs.submit(kind, arguments, person=person(),
-                                         key=hashlib.sha256(said.encode()).hexdigest()[:32])
+        job_id = workbench().jobs.submit(
+            kind, arguments, person=person(), key=hashlib.sha256(said.encode()).hexdigest()[:32]
+        )
         st.session_state[f"job_{kind}"] = job_id
         st.query_params["job"] = job_id
         return job_id
@@ -245,8 +260,11 @@ def _draw_job(status: JobStatus, open_log: bool) -> None:
         with left, st.container(horizontal=True, vertical_alignment="center"):
             st.badge(status.state, color=STATE_COLOUR.get(status.state, "gray"))
             st.markdown(f"**{literal(status.kind)}** {literal(dataset_of(status))}", width="content")
-            st.caption(f"{times.duration(status.started_at, status.finished_at)} · by {literal(status.person)} · "
-                       f"job `{status.id[:12]}`", width="content")
+            st.caption(
+                f"{times.duration(status.started_at, status.finished_at)} · by {literal(status.person)} · "
+                f"job `{status.id[:12]}`",
+                width="content",
+            )
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             if status.is_cancelling:
                 st.caption("stopping …")
@@ -255,8 +273,13 @@ def _draw_job(status: JobStatus, open_log: bool) -> None:
                 st.toast("Cancelling: the job stops after the item it is at.")
         if not status.is_over:
             share = min(1.0, status.done / status.total) if status.total else 0.0
-            counted = f"{status.done} of {status.total}" if status.total else "waiting for a worker" \
-                if status.state == "queued" else "starting"
+            counted = (
+                f"{status.done} of {status.total}"
+                if status.total
+                else "waiting for a worker"
+                if status.state == "queued"
+                else "starting"
+            )
             st.progress(share, text=literal(f"{counted}{' · ' + status.note if status.note else ''}"))
         if status.state == "failed" and status.error:
             said, _, more = status.error.partition("\n")

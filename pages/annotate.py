@@ -45,8 +45,12 @@ def choose(dataset: str, task: TaskSummary) -> Choice | None:
     # A model that shares no label can still be mapped by hand.
     shown |= {ref: f"{ref} · shares no label" for ref in wb.models.refs() if ref not in shown}
     if not shown:
-        session.empty("No model is registered yet: train a student on the labelled frames, or register a YOLOX or NanoDet.",
-                      "models", "Register a model", "deployed_code")
+        session.empty(
+            "No model is registered yet: train a student on the labelled frames, or register a YOLOX or NanoDet.",
+            "models",
+            "Register a model",
+            "deployed_code",
+        )
         session.link("retrain", "Train a student", "model_training")
         return None
     left, right = st.columns([2, 3], gap="large")
@@ -54,12 +58,23 @@ def choose(dataset: str, task: TaskSummary) -> Choice | None:
         model = session.model_picker(list(shown), about=shown)
         card = wb.models.card(model)
         counts = {name: sum(task.by_status.get(status, 0) for status in statuses) for name, statuses in FRAMES.items()}
-        which = st.radio("Frames", list(FRAMES), format_func=lambda name: f"{name} ({counts[name]})", key="annotate_frames")
-        confidence = st.slider("Least confidence of a box", 0.05, 0.95, float(card.decoder.get("confidence", 0.3)), 0.05,
-                               key=f"confidence_{model}", help="The model's own value stands here first.")
+        which = st.radio(
+            "Frames", list(FRAMES), format_func=lambda name: f"{name} ({counts[name]})", key="annotate_frames"
+        )
+        confidence = st.slider(
+            "Least confidence of a box",
+            0.05,
+            0.95,
+            float(card.decoder.get("confidence", 0.3)),
+            0.05,
+            key=f"confidence_{model}",
+            help="The model's own value stands here first.",
+        )
         if by_label := card.decoder.get("confidence_by_label"):
-            st.caption("The model brings a threshold per label; the slider's value replaces them when it is moved: "
-                       + session.literal(", ".join(f"{label} {value:.2f}" for label, value in by_label.items())))
+            st.caption(
+                "The model brings a threshold per label; the slider's value replaces them when it is moved: "
+                + session.literal(", ".join(f"{label} {value:.2f}" for label, value in by_label.items()))
+            )
     with right:
         renames = mapping(card, taxonomy)
         labels = preview_labels(card, taxonomy, renames)
@@ -82,17 +97,30 @@ def mapping(card: ModelCard, taxonomy: Taxonomy) -> dict[str, str]:
     if by_name.unmatched or by_name.unreached:
         lost = f"{len(by_name.unmatched)} of the model's labels are not in the data set" if by_name.unmatched else ""
         never = f"by name, nothing draws {', '.join(by_name.unreached[:8])}" if by_name.unreached else ""
-        st.warning(session.literal("; ".join(part for part in (lost, never) if part).capitalize() + ".")
-                   + (" Map them where they mean the same; the rest is left out." if by_name.unmatched else ""),
-                   icon=":material/rule:")
-    edited = st.data_editor(
-        [{"the model says": label, "drawn as": NOWHERE} for label in by_name.unmatched], hide_index=True,
-        key=f"mapping_{card.ref}", height=min(38 + 35 * len(by_name.unmatched), 320), disabled=["the model says"],
-        column_config={"drawn as": st.column_config.SelectboxColumn(options=[NOWHERE, *taxonomy.labels], required=True)},
-    ) if by_name.unmatched else []
+        st.warning(
+            session.literal("; ".join(part for part in (lost, never) if part).capitalize() + ".")
+            + (" Map them where they mean the same; the rest is left out." if by_name.unmatched else ""),
+            icon=":material/rule:",
+        )
+    edited = (
+        st.data_editor(
+            [{"the model says": label, "drawn as": NOWHERE} for label in by_name.unmatched],
+            hide_index=True,
+            key=f"mapping_{card.ref}",
+            height=min(38 + 35 * len(by_name.unmatched), 320),
+            disabled=["the model says"],
+            column_config={
+                "drawn as": st.column_config.SelectboxColumn(options=[NOWHERE, *taxonomy.labels], required=True)
+            },
+        )
+        if by_name.unmatched
+        else []
+    )
     if by_name.pairs:
-        st.markdown(f":material/check_circle: **{len(by_name.pairs)} match by name:** "
-                    + " ".join(f":green-badge[{session.literal(label)}]" for label in by_name.pairs))
+        st.markdown(
+            f":material/check_circle: **{len(by_name.pairs)} match by name:** "
+            + " ".join(f":green-badge[{session.literal(label)}]" for label in by_name.pairs)
+        )
     return {row["the model says"]: row["drawn as"] for row in edited if row["drawn as"] != NOWHERE}
 
 
@@ -103,9 +131,13 @@ def preview(dataset: str, choice: Choice) -> None:
     step = max(1, len(names) // PREVIEWED)
     frames = [one.frame for one in wb.server.read(dataset, names[::step][:PREVIEWED]).values()]
     labels, pictures = wb.server.task(dataset).labels or choice.card.labels.labels, []
-    with st.spinner("Running the model …"), Detector(choice.card, wb.models.folder(choice.model), wb.open_backend,
-                                                     **thresholds(choice)) as detector:
-        for frame, found in detect_frames(detector, ((frame, frame) for frame in frames), lambda one: wb.blobs.get(one.blob)):
+    with (
+        st.spinner("Running the model …"),
+        Detector(choice.card, wb.models.folder(choice.model), wb.open_backend, **thresholds(choice)) as detector,
+    ):
+        for frame, found in detect_frames(
+            detector, ((frame, frame) for frame in frames), lambda one: wb.blobs.get(one.blob)
+        ):
             if isinstance(found, WorkbenchError):
                 session.error(found)
                 continue
@@ -113,11 +145,22 @@ def preview(dataset: str, choice: Choice) -> None:
             for xyxy, class_id, confidence in zip(found.xyxy, found.class_id, found.confidence):
                 label = choice.labels(choice.card.labels.labels[class_id])
                 if label is not None:
-                    drawn.append(Annotation(label, tuple(map(float, xyxy)), source=choice.card.source,
-                                            confidence=min(1.0, float(confidence))))
+                    drawn.append(
+                        Annotation(
+                            label,
+                            tuple(map(float, xyxy)),
+                            source=choice.card.source,
+                            confidence=min(1.0, float(confidence)),
+                        )
+                    )
             left_out = len(found) - len(drawn)
-            pictures.append(draw.Picture(frame.blob, tuple(drawn), f"{frame.name} · {len(drawn)} boxes"
-                                         + (f", {left_out} left out" if left_out else "")))
+            pictures.append(
+                draw.Picture(
+                    frame.blob,
+                    tuple(drawn),
+                    f"{frame.name} · {len(drawn)} boxes" + (f", {left_out} left out" if left_out else ""),
+                )
+            )
     draw.gallery(pictures, labels, PREVIEWED)
     draw.legend(labels, {a.label for picture in pictures for a in picture.annotations})
 
@@ -145,13 +188,20 @@ def history(dataset: str, entries: list[Entry]) -> None:
         with st.container(border=True, horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
             counted = ", ".join(f"{facts[name]} {name}" for name in ("frames", "boxes", "failed") if facts.get(name))
             skipped = ", ".join(f"{count} {reason}" for reason, count in (facts.get("skipped") or {}).items())
-            st.markdown(f"**{session.literal(str(facts.get('model', '')))}** · {counted or 'unfinished'}"
-                        f"{session.literal(f' · skipped: {skipped}') if skipped else ''}  \n"
-                        f":small[:gray[{times.clock(facts['at'])} · run {session.literal(run_id[:16])}]]", width="content")
+            st.markdown(
+                f"**{session.literal(str(facts.get('model', '')))}** · {counted or 'unfinished'}"
+                f"{session.literal(f' · skipped: {skipped}') if skipped else ''}  \n"
+                f":small[:gray[{times.clock(facts['at'])} · run {session.literal(run_id[:16])}]]",
+                width="content",
+            )
             if facts.get("undone"):
                 st.badge("taken back", color="gray", icon=":material/undo:")
-            elif st.button("Undo", key=f"undo_{run_id}", icon=":material/undo:",
-                           help="Takes back what this run drew, except on frames a person reviewed since."):
+            elif st.button(
+                "Undo",
+                key=f"undo_{run_id}",
+                icon=":material/undo:",
+                help="Takes back what this run drew, except on frames a person reviewed since.",
+            ):
                 if session.submit("undo", {"dataset": dataset, "run_id": run_id}):
                     st.rerun()
 
@@ -164,19 +214,35 @@ def page(dataset: str) -> None:
     if choice:
         count = sum(task.by_status.get(status, 0) for status in choice.statuses)
         with st.container(horizontal=True):
-            is_previewed = st.button(f"Preview on {PREVIEWED} frames", icon=":material/visibility:", disabled=not count,
-                                     key="annotate_preview")
+            is_previewed = st.button(
+                f"Preview on {PREVIEWED} frames",
+                icon=":material/visibility:",
+                disabled=not count,
+                key="annotate_preview",
+            )
             is_busy = job is not None and not job.is_over
-            if st.button(f"Annotate {count} frame{'' if count == 1 else 's'}", type="primary", icon=":material/auto_awesome:", key="annotate_go",
-                         disabled=not count or is_busy or not choice.labels.pairs):
-                arguments = {"dataset": dataset, "model": choice.model, "statuses": list(choice.statuses), "renames": choice.renames}
+            if st.button(
+                f"Annotate {count} frame{'' if count == 1 else 's'}",
+                type="primary",
+                icon=":material/auto_awesome:",
+                key="annotate_go",
+                disabled=not count or is_busy or not choice.labels.pairs,
+            ):
+                arguments = {
+                    "dataset": dataset,
+                    "model": choice.model,
+                    "statuses": list(choice.statuses),
+                    "renames": choice.renames,
+                }
                 if "confidence" in thresholds(choice):
                     arguments["confidence"] = choice.confidence
                 if session.submit("annotate", arguments):
                     st.rerun()
         if not count:
-            st.caption("No frame waits for a model: all of them are reviewed, or drawn on already. Upload more, or choose "
-                       "all frames that are not reviewed.")
+            st.caption(
+                "No frame waits for a model: all of them are reviewed, or drawn on already. Upload more, or choose "
+                "all frames that are not reviewed."
+            )
         if is_previewed:
             with session.explained():
                 preview(dataset, choice)
@@ -187,7 +253,9 @@ def page(dataset: str) -> None:
     history(dataset, wb.records.entries("machine_runs", dataset))
 
 
-dataset = session.header("Annotate", "A model draws the first boxes. What a person drew, touched or accepted is never changed.")
+dataset = session.header(
+    "Annotate", "A model draws the first boxes. What a person drew, touched or accepted is never changed."
+)
 if dataset is None:
     session.empty("No data set yet.", "upload", "Upload frames", "upload")
 else:

@@ -51,18 +51,39 @@ def aliases_of(found: dict[str, ModelCard]) -> dict[str, tuple[str, ...]]:
 def best_first(found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> list[str]:
     """References: the deployed one, the champion, then by name, newest first."""
     said = {ref: marks(ref, dataset, aliases) for ref in found}
-    return sorted(found, key=lambda ref: ("deployed" not in said[ref], "champion" not in said[ref], found[ref].name, _descending(ref)))
+    return sorted(
+        found,
+        key=lambda ref: ("deployed" not in said[ref], "champion" not in said[ref], found[ref].name, _descending(ref)),
+    )
 
 
-def table(order: list[str], found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> None:
-    st.dataframe([{
-        "model": ref, "is": marks(ref, dataset, aliases), "mAP@[.5:.95]": found[ref].metrics.get("map_50_95"),
-        "mAP50": found[ref].metrics.get("map_50"), "measured on": str(found[ref].metrics.get("on", "")),
-        "trained on": found[ref].trained_on.get("ref", ""), "labels": len(found[ref].labels),
-        "MB": sum(file.get("size_bytes", 0) for file in found[ref].files.values()) / 1e6,
-        "licence": found[ref].licence} for ref in order], hide_index=True, placeholder="–", column_config={
-            "is": st.column_config.ListColumn(), "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
-            "mAP50": st.column_config.NumberColumn(format="%.3f"), "MB": st.column_config.NumberColumn(format="%.1f")})
+def table(
+    order: list[str], found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]
+) -> None:
+    st.dataframe(
+        [
+            {
+                "model": ref,
+                "is": marks(ref, dataset, aliases),
+                "mAP@[.5:.95]": found[ref].metrics.get("map_50_95"),
+                "mAP50": found[ref].metrics.get("map_50"),
+                "measured on": str(found[ref].metrics.get("on", "")),
+                "trained on": found[ref].trained_on.get("ref", ""),
+                "labels": len(found[ref].labels),
+                "MB": sum(file.get("size_bytes", 0) for file in found[ref].files.values()) / 1e6,
+                "licence": found[ref].licence,
+            }
+            for ref in order
+        ],
+        hide_index=True,
+        placeholder="–",
+        column_config={
+            "is": st.column_config.ListColumn(),
+            "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
+            "mAP50": st.column_config.NumberColumn(format="%.3f"),
+            "MB": st.column_config.NumberColumn(format="%.1f"),
+        },
+    )
 
 
 def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> None:
@@ -77,20 +98,34 @@ def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, .
             if card.run_id and aliases:
                 st.link_button("Open in MLflow", wb.tracker.run_url(card.run_id), icon=":material/open_in_new:")
             if dataset and wb.records.deployed(dataset) != card.ref:
-                if st.button(f"Deploy for {dataset}", type="primary", icon=":material/rocket_launch:", key="deploy_model",
-                             help="The next annotate job of this data set offers it first."):
+                if st.button(
+                    f"Deploy for {dataset}",
+                    type="primary",
+                    icon=":material/rocket_launch:",
+                    key="deploy_model",
+                    help="The next annotate job of this data set offers it first.",
+                ):
                     if session.submit("deploy", {"dataset": dataset, "model": card.ref}):
                         st.rerun()
         if card.description:
             st.markdown(session.literal(card.description))
         spec = card.input
         left, right = st.columns(2)
-        left.dataframe([{"": name, "value": value} for name, value in (
-            ("input", f"{spec.size[0]} × {spec.size[1]}, {spec.layout} {spec.dtype}, {spec.colour}"),
-            ("padding", f"{spec.padding}, grey {spec.pad}"), ("decoder", card.decoder["name"]),
-            ("confidence, IoU", f"{card.decoder.get('confidence', '–')}, {card.decoder.get('iou', '–')}"),
-            ("licence", card.licence or "not said"), ("trained on", card.trained_on.get("ref", "not said")),
-            ("files", ", ".join(card.files)))], hide_index=True)
+        left.dataframe(
+            [
+                {"": name, "value": value}
+                for name, value in (
+                    ("input", f"{spec.size[0]} × {spec.size[1]}, {spec.layout} {spec.dtype}, {spec.colour}"),
+                    ("padding", f"{spec.padding}, grey {spec.pad}"),
+                    ("decoder", card.decoder["name"]),
+                    ("confidence, IoU", f"{card.decoder.get('confidence', '–')}, {card.decoder.get('iou', '–')}"),
+                    ("licence", card.licence or "not said"),
+                    ("trained on", card.trained_on.get("ref", "not said")),
+                    ("files", ", ".join(card.files)),
+                )
+            ],
+            hide_index=True,
+        )
         with right:
             st.markdown(f"**{len(card.labels)} labels**")
             st.markdown(" ".join(f":gray-badge[{session.literal(label)}]" for label in card.labels.labels))
@@ -103,22 +138,41 @@ def register() -> None:
     family = st.segmented_control("Family", [*FAMILIES, CARD], default="YOLOX", required=True, key="register_family")
     left, right = st.columns(2, gap="large")
     with left:
-        files = st.file_uploader("The .onnx file (and its .onnx.data or weights.pt, if it has them)", type=["onnx", "data", "pt"],
-                                 accept_multiple_files=True, key="register_files")
+        files = st.file_uploader(
+            "The .onnx file (and its .onnx.data or weights.pt, if it has them)",
+            type=["onnx", "data", "pt"],
+            accept_multiple_files=True,
+            key="register_files",
+        )
         if family == CARD:
             card_file = st.file_uploader("card.json", type=["json"], key="register_card", help="See docs/adopting.md.")
         else:
-            st.caption("YOLOX as tools/export_onnx.py writes it, without --decode_in_inference." if family == "YOLOX" else
-                       "NanoDet-Plus as tools/export_onnx.py writes it.")
+            st.caption(
+                "YOLOX as tools/export_onnx.py writes it, without --decode_in_inference."
+                if family == "YOLOX"
+                else "NanoDet-Plus as tools/export_onnx.py writes it."
+            )
     with right:
         if family != CARD:
             name = st.text_input("Name", placeholder="traffic-yolox", max_chars=63, key="register_name")
             version = st.text_input("Version", value="1", max_chars=63, key="register_version")
             licence = st.text_input("Licence", value="Apache-2.0", max_chars=60, key="register_licence")
-            labels = st.text_area("Labels, one a line, in the order of their class_id", placeholder=COCO_LABELS, height=110,
-                                  help=f"Left empty: {COCO_LABELS}.", key="register_labels")
-            size = st.number_input("Side of the input in pixels", 0, 4096, 0, step=32, key="register_size",
-                                   help="Only where the file takes images of any size; 0: as the file says.")
+            labels = st.text_area(
+                "Labels, one a line, in the order of their class_id",
+                placeholder=COCO_LABELS,
+                height=110,
+                help=f"Left empty: {COCO_LABELS}.",
+                key="register_labels",
+            )
+            size = st.number_input(
+                "Side of the input in pixels",
+                0,
+                4096,
+                0,
+                step=32,
+                key="register_size",
+                help="Only where the file takes images of any size; 0: as the file says.",
+            )
     if st.button("Check and register", type="primary", icon=":material/verified:", key="register_go"):
         if not files:
             st.info("Choose the .onnx file first.", icon=":material/info:")
@@ -134,11 +188,19 @@ def register() -> None:
                 if len(onnx) != 1:
                     raise Invalid(f"Exactly one .onnx file is needed, got {len(onnx)}.")
                 given = tuple(line.strip() for line in labels.splitlines() if line.strip())
-                card = FAMILIES[family](onnx[0], name.strip(), version.strip(), labels=given or COCO_80, licence=licence.strip(),
-                                        size=(int(size), int(size)) if size else None)
+                card = FAMILIES[family](
+                    onnx[0],
+                    name.strip(),
+                    version.strip(),
+                    labels=given or COCO_80,
+                    licence=licence.strip(),
+                    size=(int(size), int(size)) if size else None,
+                )
             report = check_card(card, folder, session.workbench().open_backend)
             session.workbench().models.register(card, folder)
-        st.session_state["registered"] = f"{card.ref} is registered; it runs on {report['backend']} ({report['precision']})."
+        st.session_state["registered"] = (
+            f"{card.ref} is registered; it runs on {report['backend']} ({report['precision']})."
+        )
         st.rerun()
 
 
@@ -164,7 +226,9 @@ def _descending(ref: str) -> int:
     return -int(version) if version.isdigit() else 0
 
 
-dataset = session.header("Models", "Detectors that can annotate: your own students, and any YOLOX or NanoDet you bring.")
+dataset = session.header(
+    "Models", "Detectors that can annotate: your own students, and any YOLOX or NanoDet you bring."
+)
 if said := st.session_state.pop("registered", None):
     st.success(session.literal(said), icon=":material/verified:")
 with session.explained():
@@ -180,7 +244,11 @@ with session.explained():
         if job and job.state != "done":
             session.job_panel(job.id)
     else:
-        session.empty("No model is registered yet. Train a student on labelled frames, or register one below.",
-                      "retrain", "Train a student", "model_training")
+        session.empty(
+            "No model is registered yet. Train a student on labelled frames, or register one below.",
+            "retrain",
+            "Train a student",
+            "model_training",
+        )
 with st.expander("Register a model", expanded=not found, icon=":material/add_circle:"), session.explained():
     register()

@@ -29,12 +29,15 @@ def first_visit() -> None:
         session.link("upload", "Upload a folder or a zip", "upload")
     with ready, st.container(border=True, height="stretch"):
         st.markdown("**The quick-start data set**")
-        st.write("Handwritten digits on photographs, with exact boxes: made on this machine in a few seconds, no download.")
+        st.write(
+            "Handwritten digits on photographs, with exact boxes: made on this machine in a few seconds, no download."
+        )
         job = session.watched("upload", "digits")
         if job:
             session.job_panel(job.id)
-        if (job is None or job.is_over) and st.button("Make the quick-start data set", type="primary",
-                                                      icon=":material/rocket_launch:"):
+        if (job is None or job.is_over) and st.button(
+            "Make the quick-start data set", type="primary", icon=":material/rocket_launch:"
+        ):
             with session.explained(), st.spinner("Pasting digits onto photographs …"):
                 folder = quickstart.generate(session.workbench().config.home / "quickstart", **QUICKSTART)
                 if session.submit("upload", {"dataset": "digits", "source": str(folder), "split": None}):
@@ -48,8 +51,11 @@ def running(dataset: str) -> dict[str, JobStatus]:
     except WorkbenchError as failure:
         session.error(failure)
         return {}
-    return {JOB_STATION[job.kind]: job for job in reversed(jobs)
-            if job.kind in JOB_STATION and session.dataset_of(job) == dataset}
+    return {
+        JOB_STATION[job.kind]: job
+        for job in reversed(jobs)
+        if job.kind in JOB_STATION and session.dataset_of(job) == dataset
+    }
 
 
 @st.fragment(run_every=5)
@@ -78,7 +84,9 @@ def samples(dataset: str) -> None:
         if not versions:
             return
         manifest = session.workbench().datasets.manifest(versions[0].ref)
-        shown = sorted(manifest.labeled, key=lambda one: -len(one.annotations or ()))[:SAMPLES] or manifest.frames[:SAMPLES]
+        shown = (
+            sorted(manifest.labeled, key=lambda one: -len(one.annotations or ()))[:SAMPLES] or manifest.frames[:SAMPLES]
+        )
         st.subheader(f"Frames of {versions[0].ref}", anchor=False)
         draw.gallery([draw.of_labeled(one.frame, one.annotations) for one in shown], manifest.taxonomy.labels, SAMPLES)
         draw.legend(manifest.taxonomy.labels)
@@ -87,13 +95,21 @@ def samples(dataset: str) -> None:
 def recent(dataset: str) -> None:
     """What was done lately, by whom."""
     records = session.workbench().records
-    entries = sorted(((one.at, ledger, one) for ledger in LEDGERS for one in records.entries(ledger, dataset, limit=RECENT)),
-                     key=lambda row: row[0], reverse=True)
+    entries = sorted(
+        ((one.at, ledger, one) for ledger in LEDGERS for one in records.entries(ledger, dataset, limit=RECENT)),
+        key=lambda row: row[0],
+        reverse=True,
+    )
     if entries:
         st.subheader("Lately", anchor=False)
-        st.dataframe([{"when": times.clock(at), "what": in_words(ledger, one), "who": one.person}
-                      for at, ledger, one in entries[:RECENT]], hide_index=True,
-                     column_config={"what": st.column_config.TextColumn(width="large")})
+        st.dataframe(
+            [
+                {"when": times.clock(at), "what": in_words(ledger, one), "who": one.person}
+                for at, ledger, one in entries[:RECENT]
+            ],
+            hide_index=True,
+            column_config={"what": st.column_config.TextColumn(width="large")},
+        )
 
 
 def in_words(ledger: str, one: Entry) -> str:
@@ -101,8 +117,11 @@ def in_words(ledger: str, one: Entry) -> str:
     if ledger == "machine_runs":
         if facts.get("undone"):
             return f"run {one.subject[:12]} taken back"
-        return f"{facts.get('model', '')} drew {facts['boxes']} boxes on {facts['frames']} frames" if facts.get("is_finished") \
+        return (
+            f"{facts.get('model', '')} drew {facts['boxes']} boxes on {facts['frames']} frames"
+            if facts.get("is_finished")
             else f"{facts.get('model', '')} began to annotate"
+        )
     if ledger == "promotions":
         return f"{one.subject} became champion" if facts.get("promoted") else f"{one.subject} did not become champion"
     if ledger == "reviews":

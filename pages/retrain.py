@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from app import charts, session, times
-from workbench.errors import WorkbenchError
 from workbench.jobs import JobStatus
 from workbench.recipe import Recipe, read_recipe, recipes
 from workbench.records import Entry
@@ -32,12 +30,19 @@ def start(dataset: str) -> None:
         version = session.version_picker(dataset)
         name = session.pick("recipe", "Recipe", names)
         if name is None:
-            st.info("No recipe is committed in models/. Commit a folder with an MLproject there.", icon=":material/info:")
+            st.info(
+                "No recipe is committed in models/. Commit a folder with an MLproject there.", icon=":material/info:"
+            )
             return
         recipe = read_recipe(PROJECT, name)
-        bases = [NO_MODEL, *(ref for ref in wb.models.refs() if "weights.pt" in wb.models.card(ref).files)] \
-            if "base_weights" in recipe.parameters else [NO_MODEL]
-        base = st.selectbox("Start from", bases, key="retrain_base", help="An earlier student learns on; else from ImageNet.")
+        bases = (
+            [NO_MODEL, *(ref for ref in wb.models.refs() if "weights.pt" in wb.models.card(ref).files)]
+            if "base_weights" in recipe.parameters
+            else [NO_MODEL]
+        )
+        base = st.selectbox(
+            "Start from", bases, key="retrain_base", help="An earlier student learns on; else from ImageNet."
+        )
         about = PROJECT / "models" / name / "README.md"
         if about.exists():
             with st.expander("About this recipe", icon=":material/description:"):
@@ -48,10 +53,24 @@ def start(dataset: str) -> None:
         params = parameters(recipe)
     job = session.watched("retrain", dataset)
     is_busy = job is not None and not job.is_over
-    if version and st.button("Start training", type="primary", icon=":material/model_training:", disabled=is_busy,
-                             help="A training runs: see below." if is_busy else None, key="retrain_go"):
-        if session.submit("retrain", {"dataset": dataset, "version": version, "recipe": name, "params": params,
-                                      "base_model": None if base == NO_MODEL else base}):
+    if version and st.button(
+        "Start training",
+        type="primary",
+        icon=":material/model_training:",
+        disabled=is_busy,
+        help="A training runs: see below." if is_busy else None,
+        key="retrain_go",
+    ):
+        if session.submit(
+            "retrain",
+            {
+                "dataset": dataset,
+                "version": version,
+                "recipe": name,
+                "params": params,
+                "base_model": None if base == NO_MODEL else base,
+            },
+        ):
             st.rerun()
 
 
@@ -61,14 +80,19 @@ def parameters(recipe: Recipe) -> dict[str, Any]:
     first = [name for name in FIRST if name in own]
     rest = [name for name in own if name not in first]
     given: dict[str, Any] = {}
-    for names, place in ((first, st.container()), (rest, st.expander(f"{len(rest)} more parameters") if rest else None)):
+    for names, place in (
+        (first, st.container()),
+        (rest, st.expander(f"{len(rest)} more parameters") if rest else None),
+    ):
         for index, name in enumerate(names):
             if index % 4 == 0:
                 columns = place.columns(4)
             kind, default = own[name]
             key = f"param_{recipe.name}_{name}"
             if kind in ("float", "int"):
-                value = columns[index % 4].number_input(name, value=float(default or 0), format="%g", key=key, step=None)
+                value = columns[index % 4].number_input(
+                    name, value=float(default or 0), format="%g", key=key, step=None
+                )
             else:
                 value = columns[index % 4].text_input(name, value=str(default or ""), key=key, max_chars=200)
             if value != (float(default or 0) if kind in ("float", "int") else str(default or "")):
@@ -98,7 +122,10 @@ def training(job: JobStatus) -> None:
 
     curves()
     if job.state == "done" and job.result:
-        st.success(f"{job.result.get('model')} is registered. Let it challenge the champion below.", icon=":material/check_circle:")
+        st.success(
+            f"{job.result.get('model')} is registered. Let it challenge the champion below.",
+            icon=":material/check_circle:",
+        )
 
 
 def points(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
@@ -115,13 +142,28 @@ def past_runs(dataset: str) -> None:
         # All runs of a data set are in one experiment: one question gives the address of each.
         first = runs[0]["run_id"]
         address = tracker.run_url(first)
-        st.dataframe([{
-            "started": times.clock(run["started_at"]), "run": run["name"], "state": run["status"].lower(),
-            "took": times.duration(run["started_at"], run["finished_at"]), "mAP@[.5:.95]": run["metrics"].get("map_50_95"),
-            "mAP50": run["metrics"].get("map_50"), "person": run["tags"].get("person", ""),
-            "open": address.replace(first, run["run_id"])} for run in runs], hide_index=True, placeholder="–", column_config={
-                "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"), "mAP50": st.column_config.NumberColumn(format="%.3f"),
-                "open": st.column_config.LinkColumn("MLflow", display_text="open run")})
+        st.dataframe(
+            [
+                {
+                    "started": times.clock(run["started_at"]),
+                    "run": run["name"],
+                    "state": run["status"].lower(),
+                    "took": times.duration(run["started_at"], run["finished_at"]),
+                    "mAP@[.5:.95]": run["metrics"].get("map_50_95"),
+                    "mAP50": run["metrics"].get("map_50"),
+                    "person": run["tags"].get("person", ""),
+                    "open": address.replace(first, run["run_id"]),
+                }
+                for run in runs
+            ],
+            hide_index=True,
+            placeholder="–",
+            column_config={
+                "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
+                "mAP50": st.column_config.NumberColumn(format="%.3f"),
+                "open": st.column_config.LinkColumn("MLflow", display_text="open run"),
+            },
+        )
 
 
 def promote(dataset: str) -> None:
@@ -136,13 +178,21 @@ def promote(dataset: str) -> None:
         return
     left, middle, right = st.columns([2, 2, 1], vertical_alignment="bottom")
     with left:
-        candidate = session.pick("candidate", "Challenger", own, lambda ref: f"{ref} · champion" if ref == champion else ref)
+        candidate = session.pick(
+            "candidate", "Challenger", own, lambda ref: f"{ref} · champion" if ref == champion else ref
+        )
     with middle:
         version = session.version_picker(dataset, "Scored on the test split of", name="promote_version")
     job = session.watched("promote", dataset)
-    if right.button("Promote if better", type="primary", icon=":material/trophy:", width="stretch", key="promote_go",
-                    disabled=version is None or (job is not None and not job.is_over),
-                    help="Both models are scored now, on the same frames; strictly better becomes champion."):
+    if right.button(
+        "Promote if better",
+        type="primary",
+        icon=":material/trophy:",
+        width="stretch",
+        key="promote_go",
+        disabled=version is None or (job is not None and not job.is_over),
+        help="Both models are scored now, on the same frames; strictly better becomes champion.",
+    ):
         if session.submit("promote", {"dataset": dataset, "candidate": candidate, "version": version}):
             st.rerun()
     if job:
@@ -160,8 +210,11 @@ def verdict(facts: dict[str, Any]) -> None:
     challenger, champion = facts.get("challenger") or {}, facts.get("champion") or {}
     one, two, three = st.columns([1, 1, 2], vertical_alignment="center")
     new, old = challenger.get("map_50_95"), champion.get("map_50_95")
-    one.metric("challenger mAP@[.5:.95]", "–" if new is None else f"{new:.3f}",
-               None if new is None or old is None else f"{new - old:+.3f}")
+    one.metric(
+        "challenger mAP@[.5:.95]",
+        "–" if new is None else f"{new:.3f}",
+        None if new is None or old is None else f"{new - old:+.3f}",
+    )
     two.metric("champion before", "none" if not champion else "–" if old is None else f"{old:.3f}")
     with three:
         told = session.literal(str(facts.get("reason", "")))
@@ -175,11 +228,15 @@ def deploy(dataset: str, champion: str) -> None:
     deployed = session.workbench().records.deployed(dataset)
     with st.container(border=True, horizontal=True, vertical_alignment="center"):
         if deployed == champion:
-            st.markdown(f":material/rocket_launch: **{session.literal(champion)}** is champion and annotates the next upload.")
+            st.markdown(
+                f":material/rocket_launch: **{session.literal(champion)}** is champion and annotates the next upload."
+            )
             session.link("annotate", "Annotate", "auto_awesome")
         else:
             now = session.literal(deployed) if deployed else "no model"
-            st.markdown(f":material/trophy: **{session.literal(champion)}** is champion; {now} annotates the next upload.")
+            st.markdown(
+                f":material/trophy: **{session.literal(champion)}** is champion; {now} annotates the next upload."
+            )
             if st.button("Deploy the champion", type="primary", icon=":material/rocket_launch:", key="deploy_go"):
                 if session.submit("deploy", {"dataset": dataset, "model": champion}):
                     st.rerun()
@@ -193,12 +250,28 @@ def decisions(history: list[Entry]) -> None:
         return (one.facts.get(side) or {}).get(key)
 
     st.markdown("**Decisions**")
-    st.dataframe([{
-        "when": times.clock(one.at), "challenger": one.subject, "decision": "champion" if one.facts.get("promoted") else "stays out",
-        "challenger mAP": score(one, "challenger"), "champion mAP": score(one, "champion"),
-        "challenger mAP50": score(one, "challenger", "map_50"), "test frames of": str(one.facts.get("version", "")),
-        "person": one.person, "why": str(one.facts.get("reason", ""))} for one in history], hide_index=True, placeholder="–", column_config={
-            name: st.column_config.NumberColumn(format="%.3f") for name in ("challenger mAP", "champion mAP", "challenger mAP50")})
+    st.dataframe(
+        [
+            {
+                "when": times.clock(one.at),
+                "challenger": one.subject,
+                "decision": "champion" if one.facts.get("promoted") else "stays out",
+                "challenger mAP": score(one, "challenger"),
+                "champion mAP": score(one, "champion"),
+                "challenger mAP50": score(one, "challenger", "map_50"),
+                "test frames of": str(one.facts.get("version", "")),
+                "person": one.person,
+                "why": str(one.facts.get("reason", "")),
+            }
+            for one in history
+        ],
+        hide_index=True,
+        placeholder="–",
+        column_config={
+            name: st.column_config.NumberColumn(format="%.3f")
+            for name in ("challenger mAP", "champion mAP", "challenger mAP50")
+        },
+    )
 
 
 def _number(ref: str) -> tuple[int, str]:
@@ -206,8 +279,10 @@ def _number(ref: str) -> tuple[int, str]:
     return (int(version) if version.isdigit() else 0, ref)
 
 
-dataset = session.header("Retrain and promote", "A student learns from a version; if it beats the champion on the untouched "
-                         "test split, it takes its place.")
+dataset = session.header(
+    "Retrain and promote",
+    "A student learns from a version; if it beats the champion on the untouched test split, it takes its place.",
+)
 if dataset is None:
     session.empty("No data set yet. Students learn from a published version.", "upload", "Upload frames", "upload")
 else:

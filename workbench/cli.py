@@ -103,13 +103,16 @@ def doctor(config: Config, as_json: bool) -> int:
 @cli.command()
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="A labelled COCO, YOLO or VOC folder instead of "
               "the quick-start data set.")
+@click.option("--training-s", type=click.IntRange(30), nargs=2, help="Time budgets of the two trainings in seconds.")
+@click.option("--param", multiple=True, metavar="NAME=VALUE", help="A parameter of the training recipe.")
 @click.option("--serve/--no-serve", default=True, help="Serve the workbench afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as one JSON line, last.")
 @click.pass_obj
-def demo(config: Config, data: Path | None, serve: bool, as_json: bool) -> None:
+def demo(config: Config, data: Path | None, training_s: tuple[int, int] | None, param: tuple[str, ...], serve: bool,
+         as_json: bool) -> None:
     """Run the whole loop once, print what each step did, then serve the workbench."""
     from workbench import demo as loop
-    loop.run(config, data=data, serve=serve, as_json=as_json)
+    loop.run(config, data=data, training_s=training_s, params=_pairs("--param", param), serve=serve, as_json=as_json)
 
 
 def step(command: Any) -> Any:

@@ -7,6 +7,7 @@ rest, the truth stands in for the reviewer, and the boxes a person would have ha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -27,6 +28,7 @@ VAL_SHARE = 0.25  # of the start: enough boxes to choose a confidence threshold 
 RECIPE = "efficientnet_lite0_fcos"
 TRAINING_S = {"quickstart": (100, 140), "own": (600, 1500)}  # first and second training
 STEP_TIMEOUT_S = 3 * 3600
+TABLE = "table.json"  # in the demo's folder once it has ended
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,31 @@ class Staged:
 
 
 def run(config: Config, data: Path | None = None, serve: bool = True, as_json: bool = False, dataset: str | None = None,
-        start_frames: int = START_FRAMES, training_s: tuple[int, int] | None = None, seed: int = 0,
+        start_frames: int = START_FRAMES, training_s: tuple[int, int] | None = None, params: dict[str, str] | None = None, seed: int = 0,
         say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs the loop, prints the table and, unless told not to, serves until Ctrl-C.
 
     data        a labelled COCO, YOLO or VOC folder; None makes the quick-start data set
     training_s  the time budgets of the first and the second training in seconds
+    params      further parameters of the recipe
     Returns the table: the keys the README names, and "steps".
     Raises WorkbenchError with the step's sentence when one fails.
     """
     began = time.monotonic()
-    config.home.mkdir(parents=True, exist_ok=True)
-    dataset = check_dataset_name(dataset or ("digits" if data is None else _name_of(data)))
     budgets = training_s or TRAINING_S["quickstart" if data is None else "own"]
-    loop = Loop(Workbench(config), dataset, say)
+    request = {"data": None if data is None else str(Path(data).resolve()), "start_frames": start_frames,
+               "training_s": list(budgets), "params": params or {}, "seed": seed}
+    workbench = Workbench(config)
+    folder = _folder(workbench, check_dataset_name(dataset or ("digits" if data is None else _name_of(data))), request)
+    loop = Loop(workbench, folder.name, params or {})
     parts = {} if serve else {"parts": ("mongod", "mlflow", "worker")}
     say(f"The loop on {'real handwritten digits on real photographs' if data is None else data}, in {config.home}")
     with Supervisor(config, on_line=lambda line: None, **parts) as supervisor:
         supervisor.wait_ready(("mongod", "mlflow", "worker"))
-        staged = _stage(config.home / "demo" / dataset, data, start_frames, seed)
+        staged = _stage(folder, data, start_frames, seed)
         table = loop.turn(staged, budgets)
         table["seconds"] = round(time.monotonic() - began, 1)
+        (folder / TABLE).write_text(json.dumps(table))
         _print_table(table, say)
         if as_json:
             say(json.dumps(table))
@@ -76,8 +82,8 @@ def run(config: Config, data: Path | None = None, serve: bool = True, as_json: b
 class Loop:
     """One turn of the loop as jobs, the way the pages submit them."""
 
-    def __init__(self, workbench: Workbench, dataset: str, say: Callable[[str], None]) -> None:
-        self._workbench, self._dataset, self._say = workbench, dataset, say
+    def __init__(self, workbench: Workbench, dataset: str, params: dict[str, str]) -> None:
+        self._workbench, self._dataset, self._params = workbench, dataset, params
         self._rows: list[dict[str, Any]] = []
 
     def turn(self, staged: Staged, training_s: tuple[int, int]) -> dict[str, Any]:
@@ -103,9 +109,8 @@ class Loop:
         }
 
     def _train(self, version: str, seconds: int, base_model: str | None) -> str:
-        params = {"time_limit_s": seconds, "epochs": 300, "seed": 0}
-        if base_model is None or self._workbench.config.threads:
-            params["threads"] = self._workbench.config.worker_threads
+        params = {"time_limit_s": seconds, "epochs": 300, "seed": 0, "threads": self._workbench.config.worker_threads,
+                  **self._params}
         trained = self._do("retrain", version, {"version": version, "recipe": RECIPE, "params": params,
                                                 "base_model": base_model})
         return trained["model"]
@@ -118,8 +123,12 @@ class Loop:
 
     def _do(self, kind: str, what: str, args: dict[str, Any]) -> dict[str, Any]:
         jobs, began = self._workbench.jobs, time.monotonic()
-        key = f"demo:{self._dataset}:{len(self._rows)}:{kind}"
-        job_id = jobs.submit(kind, {"dataset": self._dataset, **args}, person="demo", key=key)
+        # The same demo started again goes on where it was: a job that ended well is not done again, a failed one is.
+        for attempt in itertools.count():
+            key = f"demo:{self._dataset}:{len(self._rows)}:{kind}:{attempt}"
+            job_id = jobs.submit(kind, {"dataset": self._dataset, **args}, person="demo", key=key)
+            if jobs.get(job_id).state not in ("failed", "cancelled"):
+                break
         bar = _Bar(f"{kind} {what}")
         while (status := jobs.get(job_id)).state in ("queued", "running"):
             bar.show(status.done, status.total, status.note)
@@ -190,13 +199,26 @@ def _name_of(data: Path) -> str:
     return name[:54] or "frames"  # its models are called <name>-detector, of at most 63 letters
 
 
+def _folder(workbench: Workbench, name: str, request: dict[str, Any]) -> Path:
+    """Where this demo keeps its files: that of the same demo, if it was broken off, else a new one. It is named as the
+    data set, which is a new one too: what people have under a name stays theirs."""
+    for number in itertools.count(1):
+        folder = workbench.config.home / "demo" / (name if number == 1 else f"{name}-{number}")
+        file = folder / "request.json"
+        if file.exists() and not (folder / TABLE).exists() and json.loads(file.read_text()) == request:
+            return folder
+        if not folder.exists() and folder.name not in workbench.datasets.names():
+            folder.mkdir(parents=True)
+            file.write_text(json.dumps(request))
+            return folder
+    raise AssertionError("unreachable")
+
+
 def _stage(folder: Path, data: Path | None, start_frames: int, seed: int) -> Staged:
     """Splits a labelled data set into what is labelled at the start, what comes unlabelled, and the latter's truth."""
     from workbench import quickstart
     from workbench.formats import read_labeled_folder, write_coco_folder
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     if data is None:
         data = folder / "quickstart"
         quickstart.generate(data, seed=seed)
@@ -212,5 +234,6 @@ def _stage(folder: Path, data: Path | None, start_frames: int, seed: int) -> Sta
     staged = Staged(folder / "start", folder / "rest", folder / "truth", len(start) + len(test), len(rest))
     write_coco_folder(staged.start, taxonomy, {"val": start[:val], "train": start[val:], "test": test}, Path(data))
     write_coco_folder(staged.truth, taxonomy, {"train": rest}, Path(data))
+    shutil.rmtree(staged.rest, ignore_errors=True)
     shutil.copytree(staged.truth / "images" / "train", staged.rest)
     return staged

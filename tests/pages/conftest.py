@@ -29,8 +29,14 @@ def settings(home: Path, **lines: str) -> Config:
     """A home whose outside parts answer nowhere, unless a line says where."""
     home.mkdir(parents=True, exist_ok=True)
     ports = {"mlflow_port": free_port(), "mongo_port": free_port(), "fiftyone_port": free_port()}
-    (home / "settings.toml").write_text("\n".join([*(f'{key} = "{value}"' for key, value in lines.items()),
-                                                    *(f"{key} = {value}" for key, value in ports.items())]))
+    (home / "settings.toml").write_text(
+        "\n".join(
+            [
+                *(f'{key} = "{value}"' for key, value in lines.items()),
+                *(f"{key} = {value}" for key, value in ports.items()),
+            ]
+        )
+    )
     return Config.read(home, environ={})
 
 
@@ -70,6 +76,7 @@ def workbench(filled_home: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
 @pytest.fixture
 def visit() -> Open:
     """visit("upload", dataset="shapes") opens a page in a new session; nothing on it may have failed."""
+
     def open_page(name: str, **query: str) -> AppTest:
         at = AppTest.from_file(str(PROJECT / "app" / "main.py"), default_timeout=RUN_S)
         for key, value in query.items():
@@ -79,4 +86,5 @@ def visit() -> Open:
             at.switch_page(f"../pages/{name}.py").run()
         assert not at.exception, at.exception[0].message
         return at
+
     return open_page

@@ -28,7 +28,11 @@ def test_a_confusion_counts_truth_in_rows_and_ends_with_nothing_there() -> None:
 
 def test_curves_keep_their_points() -> None:
     assert len(rows(charts.pr_curves({label: [(0.0, 1.0), (0.5, 0.8)] for label in LABELS}))) == 6
-    assert rows(charts.learning({"map_50": [(1, 0.2), (2, 0.4)]}, "score"))[1] == {"metric": "map_50", "epoch": 2, "score": 0.4}
+    assert rows(charts.learning({"map_50": [(1, 0.2), (2, 0.4)]}, "score"))[1] == {
+        "metric": "map_50",
+        "epoch": 2,
+        "score": 0.4,
+    }
 
 
 def test_charts_of_nothing_are_drawn_too() -> None:

@@ -1,4 +1,4 @@
-"""Frames with boxes: colours stay with labels, machine and human boxes look different, coordinates land where they should."""
+"""Frames with boxes: colours stay with labels, human and machine boxes look different, boxes land where they belong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workbench.annotation import Annotation
 
 
 def rgb(colour: str) -> tuple[int, ...]:
-    return tuple(int(colour[start:start + 2], 16) for start in (1, 3, 5))
+    return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
 
 
 def test_a_label_keeps_its_colour_when_the_taxonomy_grows() -> None:
@@ -56,7 +56,12 @@ def test_a_picture_is_never_enlarged_and_the_original_stays_as_it_is() -> None:
 
 def test_a_box_at_the_edge_and_a_label_in_another_script_are_drawn() -> None:
     image = Image.new("RGB", (64, 64), "white")
-    drawn = draw(image, [Annotation("赤血球", (-0.4, -0.4, 64.4, 64.4), source="human:anna"),
-                         Annotation("tag", source="human:anna"),
-                         Annotation("p", polygon=((1, 1), (60, 2), (30, 60)), source="human:anna")])
+    drawn = draw(
+        image,
+        [
+            Annotation("赤血球", (-0.4, -0.4, 64.4, 64.4), source="human:anna"),
+            Annotation("tag", source="human:anna"),
+            Annotation("p", polygon=((1, 1), (60, 2), (30, 60)), source="human:anna"),
+        ],
+    )
     assert np.asarray(drawn).min() < 255

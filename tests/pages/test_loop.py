@@ -14,18 +14,43 @@ def version(number: str = "0.1.0", labeled: int = 6) -> DatasetVersion:
     return DatasetVersion("shapes", number, "d", "c", frames=12, labeled=labeled, boxes=18, labels=("a",))
 
 
-@pytest.mark.parametrize(("loop", "station"), [
-    (Loop("s", {"new": 5}, (version(labeled=0),), 0), "review"),
-    (Loop("s", {"new": 5}, (version(labeled=0),), 0, models=("yolox@1",)), "annotate"),
-    (Loop("s", {"new": 5, "annotated": 2}, (version(),), 0, models=("m@1",)), "review"),
-    (Loop("s", {"accepted": 8}, (version(),), 2), "version"),
-    (Loop("s", {"accepted": 6}, (version(),), 0), "retrain"),
-    (Loop("s", {"accepted": 6}, (version(),), 0, champion="m@1", champion_trained_on="shapes@0.1.0"), "deploy"),
-    (Loop("s", {"accepted": 6}, (version("0.2.0"),), 0, champion="m@1", deployed="m@1", champion_trained_on="shapes@0.1.0"), "retrain"),
-    (Loop("s", {"accepted": 6}, (version(),), 0, champion="m@1", deployed="m@1", champion_trained_on="shapes@0.1.0"), "upload"),
-    (Loop("s", {"new": 5}, (version(),), 0, models=("m@1",), active={"annotate": (1, 5)}), "annotate"),
-    (Loop("s", None, (version(),), None), "retrain"),
-])
+@pytest.mark.parametrize(
+    ("loop", "station"),
+    [
+        (Loop("s", {"new": 5}, (version(labeled=0),), 0), "review"),
+        (Loop("s", {"new": 5}, (version(labeled=0),), 0, models=("yolox@1",)), "annotate"),
+        (Loop("s", {"new": 5, "annotated": 2}, (version(),), 0, models=("m@1",)), "review"),
+        (Loop("s", {"accepted": 8}, (version(),), 2), "version"),
+        (Loop("s", {"accepted": 6}, (version(),), 0), "retrain"),
+        (Loop("s", {"accepted": 6}, (version(),), 0, champion="m@1", champion_trained_on="shapes@0.1.0"), "deploy"),
+        (
+            Loop(
+                "s",
+                {"accepted": 6},
+                (version("0.2.0"),),
+                0,
+                champion="m@1",
+                deployed="m@1",
+                champion_trained_on="shapes@0.1.0",
+            ),
+            "retrain",
+        ),
+        (
+            Loop(
+                "s",
+                {"accepted": 6},
+                (version(),),
+                0,
+                champion="m@1",
+                deployed="m@1",
+                champion_trained_on="shapes@0.1.0",
+            ),
+            "upload",
+        ),
+        (Loop("s", {"new": 5}, (version(),), 0, models=("m@1",), active={"annotate": (1, 5)}), "annotate"),
+        (Loop("s", None, (version(),), None), "retrain"),
+    ],
+)
 def test_the_next_thing_is_the_earliest_station_with_work(loop: Loop, station: str) -> None:
     assert next_step(loop).station == station
 
@@ -36,7 +61,7 @@ def test_one_frame_is_not_called_frames() -> None:
 
 def tree_of(loop: Loop, todo: str = "") -> ElementTree.Element:
     html = picture(loop, todo, {"dataset": "shapes", "person": "a&b"})
-    return ElementTree.fromstring(html[html.index("<nav"):])
+    return ElementTree.fromstring(html[html.index("<nav") :])
 
 
 def test_the_picture_has_eight_stations_in_a_ring_that_link_to_their_pages() -> None:
@@ -49,8 +74,18 @@ def test_the_picture_has_eight_stations_in_a_ring_that_link_to_their_pages() -> 
 
 
 def test_text_from_outside_cannot_become_markup() -> None:
-    loop = Loop("shapes", {}, (), 0, best=("<script>x</script>", 0.5), deployed="<img src=x>", champion="'\"&", champion_map=0.5,
-                evaluations=1, runs=1)
+    loop = Loop(
+        "shapes",
+        {},
+        (),
+        0,
+        best=("<script>x</script>", 0.5),
+        deployed="<img src=x>",
+        champion="'\"&",
+        champion_map=0.5,
+        evaluations=1,
+        runs=1,
+    )
     assert {element.tag for element in tree_of(loop).iter()} == {"nav", "a", "span", "b", "i"}
     assert "<script" not in picture(loop)
 

@@ -42,7 +42,11 @@ def test_the_quick_start_button_makes_the_data_and_one_upload_job(empty: Workben
     at = visit("overview")
     at.button[0].click().run()
     (job,) = empty.jobs.list()
-    assert (job.kind, job.args["dataset"], job.args["source"]) == ("upload", "digits", str(empty.config.home / "quickstart"))
+    assert (job.kind, job.args["dataset"], job.args["source"]) == (
+        "upload",
+        "digits",
+        str(empty.config.home / "quickstart"),
+    )
     assert "upload" in texts(at)
 
 
@@ -63,7 +67,9 @@ def test_a_page_that_needs_mongod_tells_it_in_a_sentence(partless: Workbench, vi
 def test_a_page_that_needs_mlflow_shows_the_rest_without_it(partless: Workbench, visit, page: str) -> None:
     at = visit(page, dataset="shapes")
     assert not at.error
-    assert "shapes-detector@1" in texts(at) + str([box.options for box in at.selectbox]) + str([str(frame.value) for frame in at.dataframe])
+    assert "shapes-detector@1" in texts(at) + str([box.options for box in at.selectbox]) + str(
+        [str(frame.value) for frame in at.dataframe]
+    )
 
 
 def test_no_page_shows_a_secret(empty: Workbench, visit, monkeypatch) -> None:
