@@ -26,7 +26,7 @@ from workbench.wiring import Workbench
 START_FRAMES = 60  # what a person labels by hand before the first training
 VAL_SHARE = 0.25  # of the start: enough boxes to choose a confidence threshold by
 RECIPE = "efficientnet_lite0_fcos"
-TRAINING_S = {"quickstart": (100, 140), "own": (600, 1500)}  # first and second training
+TRAINING_S = {"quickstart": (150, 170), "own": (600, 1500)}  # first and second training
 STEP_TIMEOUT_S = 3 * 3600
 TABLE = "table.json"  # in the demo's folder once it has ended
 

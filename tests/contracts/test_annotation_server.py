@@ -429,3 +429,10 @@ def test_a_thousand_frames_are_read_and_written_in_seconds(fiftyone: FiftyOneSer
     if os.environ.get("WORKBENCH_PRINT_TIMES"):
         print(f"write {1000 / (before_read - before_write):.0f}/s, read {1000 / (after - before_read):.0f}/s, propose {before_write - start:.1f} s")
     assert before_read - before_write < 20 and after - before_read < 20
+
+
+def test_fiftyone_can_be_imported_after_mlflow() -> None:
+    script = ("import mlflow, sys; from workbench.adapters.fiftyone import _import_fiftyone; _import_fiftyone(); "
+              "import importlib_metadata; print(callable(vars(importlib_metadata._adapters.Message)['__getitem__']))")
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0 and ran.stdout.strip().endswith("True"), ran.stderr[-2000:]

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import random
 import time
 import uuid
@@ -225,7 +226,7 @@ class FiftyOneServer:
         options = "&" if "?" in self._mongo_url else "?" if "/" in self._mongo_url.partition("://")[2] else "/?"
         url = f"{self._mongo_url}{options}serverSelectionTimeoutMS={TIMEOUT_MS}"
         os.environ.update(FIFTYONE_DATABASE_URI=url, FIFTYONE_DO_NOT_TRACK="true", FIFTYONE_DATABASE_VALIDATION="false")
-        import fiftyone as fo
+        fo = _import_fiftyone()
         from fiftyone.core.odm import database
         from fiftyone.factory import repo_factory
         if fo.config.database_uri != url:
@@ -239,6 +240,21 @@ class FiftyOneServer:
         # Ours are persistent; asking a database that was stopped before us would hold the process's end up for 30 s.
         atexit.unregister(database._delete_non_persistent_datasets_if_allowed)
         yield fo
+
+
+def _import_fiftyone() -> Any:
+    """The module. Its dependency eta reads metadata keys that may be absent and expects None, which is what they give
+    until something (MLflow, for one) imports importlib_metadata: that raises KeyError."""
+    message = getattr(sys.modules.get("importlib_metadata._adapters"), "Message", None)
+    strict = vars(message).get("__getitem__") if message is not None else None
+    if strict is not None:
+        del message.__getitem__
+    try:
+        import fiftyone
+    finally:
+        if strict is not None:
+            message.__getitem__ = strict
+    return fiftyone
 
 
 def _open_dataset(fo: Any, dataset: str, taxonomy: Taxonomy) -> None:

@@ -14,6 +14,7 @@ from workbench.evaluation.matching import Pair, box_of, match
 # From this IoU with the truth on, a reviewer leaves a box as it is: our definition, measured on nobody. On a cell of
 # 100 px it is a shift of 8 px on both axes.
 SAME_IOU = 0.7
+THRESHOLDS = tuple(round(0.05 + 0.025 * step, 3) for step in range(38))  # 0.05 .. 0.975
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,27 @@ def effort(proposed: Mapping[str, Sequence[Annotation]] | Sequence[Annotation],
     relabelled = sum(not pair.is_same_label for pair in pairs)
     return Effort(boxes_total=len(truth), untouched=untouched, moved=len(pairs) - untouched - relabelled,
                   relabelled=relabelled, deleted=len(proposed) - len(pairs), drawn=len(truth) - len(pairs))
+
+
+def least_effort(proposed: Mapping[str, Sequence[Annotation]], truth: Mapping[str, Sequence[Annotation]],
+                 same_iou: float = SAME_IOU) -> tuple[float, Effort]:
+    """The confidence from which on a model's boxes are worth proposing, and the effort that is left then.
+
+    Of THRESHOLDS the one whose effort touches the fewest boxes, the middle one of equals, for a few frames tell no
+    more. A useless model then proposes next to nothing and a person draws from scratch: on the frames it was chosen on
+    a threshold never makes more work than no model.
+
+    proposed  {frame name: boxes with their confidences}; truth likewise
+    """
+    def left(threshold: float) -> Effort:
+        return effort({name: [a for a in boxes if (a.confidence or 0) >= threshold] for name, boxes in proposed.items()},
+                      truth, same_iou)
+
+    tried = {threshold: left(threshold) for threshold in THRESHOLDS}
+    least = min(one.touched for one in tried.values())
+    equals = [threshold for threshold, one in tried.items() if one.touched == least]
+    best = equals[len(equals) // 2]
+    return best, tried[best]
 
 
 def corrected(proposed: Sequence[Annotation], truth: Sequence[Annotation], person: str,

@@ -10,14 +10,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from workbench.annotation import Annotation
 from workbench.blobs import Blobs
+from workbench.boxes import Detections
 from workbench.dataset import DatasetVersion, Manifest, parse_ref
 from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable
+from workbench.evaluation.effort import THRESHOLDS, least_effort
 from workbench.formats.checkout import write_checkout
 from workbench.inference.detector import OpenBackend, check_card
 from workbench.inference.graph import file_record
@@ -30,8 +33,7 @@ from workbench.steps.training import Training
 RECIPE = "efficientnet_lite0_fcos"
 # What a recipe leaves in its output folder; weights.pt (to continue from), history.jsonl and plots/ are welcome extras.
 MODEL_FILES = ("model.onnx", "weights.pt")
-# Fewer true boxes say too little about one label: then the threshold of all labels together holds for it.
-MIN_TRUTH = 20
+THRESHOLD_FRAMES = 300
 RESULTS = ("model.onnx", "card.json", "metrics.json")
 # The tracker failed, not the training; sysexits.h calls it EX_TEMPFAIL.
 TRY_AGAIN = 75
@@ -292,7 +294,8 @@ def _publish(training: Training, name: str, run_id: str, manifest: Manifest, ver
 def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version: DatasetVersion,
                      metrics: dict[str, Any], store: DatasetStore, blobs: Blobs, open_backend: OpenBackend,
                      job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({"confidence": ...} for the card's decoder, its metrics): the threshold of the best F1 on the val split.
+    """({"confidence": ...} for the card's decoder, its metrics): the one that leaves a person the fewest
+    boxes to touch on the val split (evaluation.effort.least_effort).
 
     Without a val split the recipe's own figures stand, and its threshold where it names one.
     """
@@ -303,16 +306,27 @@ def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version:
         confidence = held_out.get("best_f1_confidence")
         chosen = {"confidence": round(confidence, 4)} if isinstance(confidence, float) and 0 < confidence < 1 else {}
         return chosen, {**own, "on": "frames the recipe held out of the train split"}
-    found = evaluate(card.ref, version.ref, "val", models=_Unregistered(card, folder), store=store, blobs=blobs,
-                     open_backend=open_backend, tracker=None, job=job).metrics
+    scored = evaluate(card.ref, version.ref, "val", models=_Unregistered(card, folder), store=store, blobs=blobs,
+                      open_backend=open_backend, tracker=None, job=job)
+    found = scored.metrics
     measured = {"map_50_95": found.map_50_95, "map_50": found.map_50, "best_f1": found.best_f1,
                 "on": f"{version.ref}/val"}
     if not found.best_f1:
         return {}, measured
-    by_label = {label: _just_below(row["best_confidence"]) for label, row in found.per_class.items()
-                if row["truth"] >= MIN_TRUTH and row["best_f1"]}
-    chosen = {"confidence": _just_below(found.best_confidence), "confidence_by_label": by_label}
-    return {key: value for key, value in chosen.items() if value != {}}, measured
+    # A sample is enough to choose one number by, and the pairing of boxes is not free.
+    sample = sorted(val, key=lambda one: one.frame.blob)[:THRESHOLD_FRAMES]
+    proposed = {one.frame.name: _annotations(scored.found[one.frame.name], found.labels, card) for one in sample
+                if one.frame.name in scored.found}
+    confidence, left = least_effort(proposed, {one.frame.name: one.annotations or () for one in sample})
+    job.log(f"From confidence {confidence} on its boxes are worth proposing: {left.touched} touches instead of "
+            f"{left.boxes_total} drawn boxes on {len(sample)} val frames.")
+    return {"confidence": confidence}, measured | {"val_touched": left.touched, "val_boxes": left.boxes_total}
+
+
+def _annotations(boxes: Detections, labels: Sequence[str], card: ModelCard) -> list[Annotation]:
+    return [Annotation(labels[class_id], tuple(map(float, xyxy)), source=card.source, confidence=float(confidence))
+            for xyxy, class_id, confidence in zip(boxes.xyxy, boxes.class_id, boxes.confidence)
+            if confidence >= THRESHOLDS[0] and xyxy[2] > xyxy[0] and xyxy[3] > xyxy[1]]
 
 
 @dataclass(frozen=True)
@@ -327,11 +341,6 @@ class _Unregistered:
 
     def folder(self, ref: str) -> Path:
         return self.files
-
-
-def _just_below(confidence: float) -> float:
-    """A threshold that the box of this confidence still exceeds, short enough to read."""
-    return max(0.0, math.floor(confidence * 1e4 - 1e-3) / 1e4)
 
 
 def _card(file: Path, name: str, files: dict[str, dict[str, Any]]) -> ModelCard:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.annotation import Annotation, is_same_drawing
-from workbench.evaluation.effort import Effort, corrected, effort
+from workbench.evaluation.effort import least_effort, Effort, corrected, effort
 from workbench.evaluation.matching import match
 
 
@@ -172,3 +172,21 @@ def test_a_crowded_frame_is_paired_in_reasonable_time(count: int) -> None:
     corners = rng.uniform(0, 1000, (count, 2))
     rows = [("a", *xy, *(xy + 50)) for xy in corners.tolist() for xy in [np.array(xy)]]
     assert effort([machine(*row) for row in rows], [true(*row) for row in rows]).untouched == count
+
+
+def test_the_threshold_with_the_fewest_touches_is_chosen() -> None:
+    # Two true boxes. The machine finds one at 0.9 and the other at 0.6, and draws a wrong box at 0.3. From 0.325 to 0.6
+    # nothing has to be touched; the middle of those 12 thresholds (the 7th) is 0.475. Below, one deletion; above, one
+    # box to draw, and from 0.925 on two.
+    truth = {"a": [Annotation("car", (0, 0, 10, 10)), Annotation("car", (50, 50, 60, 60))]}
+    found = {"a": [Annotation("car", xyxy, source="model:m@1", confidence=confidence)
+                   for xyxy, confidence in [((0, 0, 10, 10), 0.9), ((50, 50, 60, 60), 0.6), ((80, 80, 90, 90), 0.3)]]}
+    threshold, left = least_effort(found, truth)
+    assert threshold == 0.475 and left.touched == 0
+
+
+def test_a_useless_model_is_told_to_propose_nothing() -> None:
+    truth = {"a": [Annotation("car", (0, 0, 10, 10))]}
+    found = {"a": [Annotation("car", (50, i, 60, i + 9), source="model:m@1", confidence=0.5) for i in range(9)]}
+    threshold, left = least_effort(found, truth)
+    assert threshold > 0.5 and left.touched == left.boxes_total == 1
