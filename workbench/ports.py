@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from workbench.dataset import DatasetVersion, Frame, LabeledFrame, Manifest
+from workbench.dataset import DatasetVersion, LabeledFrame, Manifest
 from workbench.model import ModelCard
 from workbench.run import WorkingFrame
 from workbench.taxonomy import Taxonomy
