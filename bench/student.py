@@ -59,7 +59,7 @@ def _lay_out(source: Path, data: Path) -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(files[Path(one.frame.name).name])
     for name, splits in (("train", ("train", "val", None)), ("test", ("test",))):
-        document = coco_document(taxonomy, [one for one in frames if one.split in splits])
+        document = coco_document(taxonomy, [one for one in frames if one.split in splits], first_category=0)
         (data / f"{name}.json").write_text(json.dumps(document))
     (data / "dataset.json").write_text(json.dumps({"ref": source.name, "digest": ""}))
 

@@ -8,9 +8,10 @@ import torch
 
 # An epoch of fewer steps would be spent on checkpoints and validation: a tiny data set is passed several times in one.
 LEAST_STEPS = 8
-# Fewer steps than this give a detector that finds nothing (measured on handwritten digits), whatever the time limit.
+# The fewest steps whatever the time limit: on handwritten digits 25 steps reach mAP@.5 0.13, 50 0.36 and 75 0.57.
 USEFUL_STEPS = 60
-# What a time limit keeps for the end, in seconds: export 8, plots and the check against ONNX Runtime 4 (two cores).
+# What a time limit keeps for the end, in seconds: export, plots, check against ONNX Runtime. Measured 13 s with the
+# validation of 87 frames, which is counted apart.
 EXPORT_S = 12.0
 CHECKPOINT_S = 0.3
 
