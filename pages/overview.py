@@ -126,7 +126,9 @@ def in_words(ledger: str, one: Entry) -> str:
         return f"{one.subject} became champion" if facts.get("promoted") else f"{one.subject} did not become champion"
     if ledger == "reviews":
         return f"{one.subject} {facts.get('decision', 'reviewed')}"
-    return f"{one.subject} {'deployed' if ledger == 'deployments' else 'uploaded'}"
+    if ledger == "uploads":
+        return f"{one.subject}: {facts.get('added', 0)} frames from {facts.get('source', 'an upload')}"
+    return f"{one.subject} deployed"
 
 
 dataset = session.header("Overview", "Raw frames in, a better detector out, over and over.")

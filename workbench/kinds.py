@@ -57,8 +57,12 @@ def _checked(kind: str, step: Callable[..., dict[str, Any]], workbench: Workbenc
 
 def _upload(workbench: Workbench, job: Job, person: str, dataset: str, source: str, **more: Any) -> dict[str, Any]:
     from workbench.steps.upload import upload
-    return upload(dataset, Path(source), store=workbench.datasets, server=workbench.server, blobs=workbench.blobs,
-                  job=job, person=person, **more).to_json()
+    report = upload(dataset, Path(source), store=workbench.datasets, server=workbench.server, blobs=workbench.blobs,
+                    job=job, person=person, **more)
+    workbench.records.add("uploads", dataset, report.version, person, {
+        "source": Path(source).name, "added": report.added, "boxes": report.boxes, "refused": len(report.refused)},
+        key=f"upload:{job.id}")
+    return report.to_json()
 
 
 def _annotate(workbench: Workbench, job: Job, person: str, dataset: str, model: str, **more: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 
 from workbench import cli, kinds, quickstart, supervise
 from workbench.config import Config
+from workbench.records import Records
 from workbench.supervise import parts
 from workbench.wiring import Workbench
 
@@ -126,3 +127,7 @@ def test_steps_run_as_jobs_in_the_worker_and_tell_what_they_did(config: Config, 
         assert "digits@0.1.0" in listed and "9 frames, 7 labelled" in listed
         shown = workbench(outside, "jobs", "list", "--kind", "upload").stdout.splitlines()
         assert len(shown) == 2 and all(" done " in line and " eve " in line for line in shown)
+        entries = Records(config.database).entries("uploads", "digits")
+        assert [(one.subject, one.person, one.facts["added"]) for one in entries] == [
+            ("digits@0.1.0", "eve", 0), ("digits@0.1.0", "eve", 9)]
+        assert entries[1].facts["refused"] == 1
