@@ -72,12 +72,13 @@ def run(config: Config, data: Path | None = None, serve: bool = True, as_json: b
         table["seconds"] = round(time.monotonic() - began, 1)
         (folder / TABLE).write_text(json.dumps(table))
         _print_table(table, say)
+        if serve:
+            supervisor.wait_ready()
+            say(f"\nThe workbench is open at {config.ui}  (Ctrl-C ends it)")
         if as_json:
             say(json.dumps(table))
             sys.stdout.flush()
         if serve:
-            supervisor.wait_ready()
-            say(f"\nThe workbench is open at {config.ui}  (Ctrl-C ends it)")
             supervisor.run()
     return table
 
