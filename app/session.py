@@ -232,14 +232,12 @@ def dataset_of(status: JobStatus) -> str:
     return str(status.args.get("dataset") or str(status.args.get("version", "")).partition("@")[0])
 
 
-def job_panel(job_id: str, open_log: bool = False) -> None:
-    """A job as it goes: state, progress, failed items, cancel, log; drawn again every second while it runs."""
-    try:
-        status = workbench().jobs.get(job_id)
-    except WorkbenchError as failure:
-        error(failure)
-        return
-    is_active = not status.is_over
+def job_panel(job: JobStatus, open_log: bool = False) -> None:
+    """A job as it goes: state, progress, failed items, cancel, log; drawn again every second while it runs.
+
+    `job` is what the page around it was drawn from: when the job is over by now, the page is drawn anew.
+    """
+    job_id, is_active = job.id, not job.is_over
 
     @st.fragment(run_every=1 if is_active else None)
     def panel() -> None:

@@ -176,7 +176,7 @@ def history(dataset: str, entries: list[Entry]) -> None:
     st.subheader("Runs", anchor=False)
     undo_job = session.watched("undo", dataset)
     if undo_job and undo_job.state != "done":
-        session.job_panel(undo_job.id)
+        session.job_panel(undo_job)
     runs: dict[str, dict[str, Any]] = {}
     for entry in entries:
         # A run has an entry when it begins, one with its counts when it is finished, and one when it is taken back.
@@ -247,7 +247,7 @@ def page(dataset: str) -> None:
             with session.explained():
                 preview(dataset, choice)
     if job:
-        session.job_panel(job.id)
+        session.job_panel(job)
         if job.state == "done":
             session.link("review", "Review what it drew", "fact_check")
     history(dataset, wb.records.entries("machine_runs", dataset))

@@ -73,7 +73,7 @@ def start(dataset: str) -> None:
     if not counts[part]:
         st.caption(f"No frame of {part} is labelled in this version.")
     if job and not (job.state == "done"):
-        session.job_panel(job.id)
+        session.job_panel(job)
 
 
 def choose_run(runs: list[dict[str, Any]]) -> dict[str, Any]:

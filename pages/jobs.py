@@ -43,7 +43,7 @@ def table(jobs: list) -> str | None:
 
 def detail(job_id: str) -> None:
     status = session.workbench().jobs.get(job_id)
-    session.job_panel(job_id, open_log=True)
+    session.job_panel(status, open_log=True)
     asked, result = st.columns(2)
     with asked:
         st.markdown("**Arguments**")

@@ -242,7 +242,7 @@ with session.explained():
         detail(found[session.model_picker(order, "Card of")], dataset, known)
         job = session.watched("deploy", dataset)
         if job and job.state != "done":
-            session.job_panel(job.id)
+            session.job_panel(job)
     else:
         session.empty(
             "No model is registered yet. Train a student on labelled frames, or register one below.",

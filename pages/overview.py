@@ -34,7 +34,7 @@ def first_visit() -> None:
         )
         job = session.watched("upload", "digits")
         if job:
-            session.job_panel(job.id)
+            session.job_panel(job)
         if (job is None or job.is_over) and st.button(
             "Make the quick-start data set", type="primary", icon=":material/rocket_launch:"
         ):

@@ -102,7 +102,7 @@ def parameters(recipe: Recipe) -> dict[str, Any]:
 
 def training(job: JobStatus) -> None:
     """The job as it goes, with its curves."""
-    session.job_panel(job.id)
+    session.job_panel(job)
 
     @st.fragment(run_every=None if job.is_over else 3)
     def curves() -> None:
@@ -196,7 +196,7 @@ def promote(dataset: str) -> None:
         if session.submit("promote", {"dataset": dataset, "candidate": candidate, "version": version}):
             st.rerun()
     if job:
-        session.job_panel(job.id)
+        session.job_panel(job)
         if job.state == "done":
             verdict(job.result or {})
     if champion:
@@ -242,7 +242,7 @@ def deploy(dataset: str, champion: str) -> None:
                     st.rerun()
     job = session.watched("deploy", dataset)
     if job and job.state != "done":
-        session.job_panel(job.id)
+        session.job_panel(job)
 
 
 def decisions(history: list[Entry]) -> None:

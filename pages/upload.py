@@ -188,6 +188,6 @@ with session.explained():
     job = session.watched("upload")
     if job:
         st.divider()
-        session.job_panel(job.id)
+        session.job_panel(job)
         if job.state == "done":
             outcome(job)

@@ -52,7 +52,7 @@ def publish(dataset: str) -> None:
             st.session_state.pop("chosen_version", None)
             st.rerun()
         if job and (not job.is_over or job.state != "done"):
-            session.job_panel(job.id)
+            session.job_panel(job)
         elif job:
             st.success(f"{job.result.get('version', 'The version')} is published.", icon=":material/check_circle:")
 

@@ -93,11 +93,16 @@ class Visitor:
 
     def see(self, text: str | re.Pattern, timeout: int = SHORT_MS) -> None:
         """Waits for a text; fails early, with what the page says, when an error stands there instead."""
+        from playwright.sync_api import TimeoutError
+
         wanted, wrong = (
             self.page.get_by_text(text).first,
             self.page.locator("[data-testid=stException], [data-testid=stAlertContentError]"),
         )
-        wanted.or_(wrong.first).first.wait_for(timeout=timeout)
+        try:
+            wanted.or_(wrong.first).first.wait_for(timeout=timeout)
+        except TimeoutError as late:
+            pytest.fail(f"{late.message}\nthe page says:\n{self.page.get_by_test_id('stMain').inner_text()}")
         assert wanted.is_visible(), f"expected {text!r}, the page says: {wrong.all_inner_texts()}"
 
     def shoot(self, name: str) -> None:
@@ -177,6 +182,7 @@ def test_the_loop_turns_once_in_a_browser(config: Config, browser, tmp_path: Pat
 
     anna.go("Versions")
     anna.see("1 accepted frame")
+    anna.settle()
     page.get_by_label("Message").fill("One frame reviewed")
     page.get_by_role("button", name="Publish", exact=True).click()
     anna.see("digits@0.2.0 is published.", JOB_MS)

@@ -11,6 +11,7 @@ from streamlit.testing.v1 import AppTest
 from test_pages_empty import PAGES, texts
 
 import filled
+from workbench.steps import version
 from workbench.wiring import Workbench
 
 
@@ -20,6 +21,15 @@ def button(at: AppTest, label: str):
 
 def jobs_of(workbench: Workbench, kind: str) -> set[str]:
     return {job.id for job in workbench.jobs.list(limit=500, kind=kind)}
+
+
+def finish(workbench: Workbench, job_id: str) -> None:
+    with workbench.records.engine.begin() as connection:
+        connection.execute(
+            filled.jobs_module.jobs.update()
+            .where(filled.jobs_module.jobs.c.id == job_id)
+            .values(state="done", finished_at=filled.now(), result=json.dumps({"version": "shapes@0.2.0"}))
+        )
 
 
 def tables(at: AppTest) -> str:
@@ -86,13 +96,21 @@ def test_a_job_goes_on_being_shown_when_the_page_is_opened_anew(workbench: Workb
 def test_a_visitor_who_found_a_running_job_sees_its_result(workbench: Workbench, visit) -> None:
     filled.job(workbench, "ve1", "version", "running", {"dataset": "shapes", "message": "m"})
     at = visit("versions", dataset="shapes")
-    with workbench.records.engine.begin() as connection:
-        connection.execute(
-            filled.jobs_module.jobs.update()
-            .where(filled.jobs_module.jobs.c.id == "ve1")
-            .values(state="done", finished_at=filled.now(), result=json.dumps({"version": "shapes@0.2.0"}))
-        )
+    finish(workbench, "ve1")
     at.run()
+    assert any("shapes@0.2.0 is published" in success.value for success in at.success)
+
+
+def test_a_job_that_ends_while_the_page_is_drawn_shows_its_result(workbench: Workbench, visit, monkeypatch) -> None:
+    filled.job(workbench, "ve2", "version", "running", {"dataset": "shapes", "message": "m"})
+
+    def ends_meanwhile(*args, **options):
+        finish(workbench, "ve2")
+        return found(*args, **options)
+
+    found = version.pending
+    monkeypatch.setattr(version, "pending", ends_meanwhile)
+    at = visit("versions", dataset="shapes")
     assert any("shapes@0.2.0 is published" in success.value for success in at.success)
 
 
