@@ -1,6 +1,6 @@
 """The boundaries of the workbench, one Protocol each; the docstrings are the specification that tests/contracts/ checks.
 
-Backend        runs a model's graph              adapters: openvino, onnxruntime
+Backend        runs a model's graph              adapters: openvino, onnxruntime, tensorrt
 AnnotationServer  keeps labels being worked on   adapters: fiftyone
 ModelStore     keeps annotator models            adapters: local_models
 DatasetStore   keeps published versions          adapters: git_datasets
@@ -37,16 +37,18 @@ class BackendReport:
 class Backend(Protocol):
     """An opened model graph; a context manager that frees it.
 
-    `report` tells library, device and precision in use. `run` takes one batch shaped as the graph's input and returns
-    every output by name, as new float32 arrays; a batch of another shape or dtype is Invalid; batches of 1 and of n
-    give the same numbers. Opening a file that is no ONNX graph is Invalid and names the file; a missing library is
-    Unavailable and names the package to install.
+    `report` tells library, device and precision in use, "int8" only when int8 kernels really run. `run` takes one batch
+    shaped as the graph's input and returns every output by name, as new float32 arrays; a batch of another shape or
+    dtype is Invalid; batches of 1 and of n give the same numbers. `run` may be called from several threads; `streams`
+    is how many calls it serves at once, further ones wait. Opening a file that is no ONNX graph is Invalid and names the
+    file; a missing library is Unavailable and names the package to install.
     """
 
     report: BackendReport
     input_name: str
     input_shape: tuple[int | None, ...]
     batch_is_dynamic: bool
+    streams: int
 
     def __enter__(self) -> Backend: ...
     def __exit__(self, *exc_info: object) -> None: ...
