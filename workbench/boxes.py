@@ -17,6 +17,7 @@ class Detections:
     class_id    (n,) int32, an index into the model's taxonomy
     confidence  (n,) float32 in 0..1
     masks       (n, H, W) bool, or None
+    polygons    n arrays (k, 2) of x, y: the outline of each, from a model that makes masks; or None
 
     Raises Invalid when shapes disagree or a value is NaN or infinite.
     """
@@ -25,6 +26,7 @@ class Detections:
     class_id: np.ndarray
     confidence: np.ndarray
     masks: np.ndarray | None = None
+    polygons: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "xyxy", np.asarray(self.xyxy, np.float32))
@@ -35,6 +37,8 @@ class Detections:
         n = len(self.xyxy)
         if self.class_id.shape != (n,) or self.confidence.shape != (n,):
             raise Invalid(f"class_id {self.class_id.shape} and confidence {self.confidence.shape} must have shape ({n},)")
+        if self.polygons is not None and len(self.polygons) != n:
+            raise Invalid(f"There must be one polygon for each of {n} boxes, got {len(self.polygons)}.")
         if not np.isfinite(self.xyxy).all() or not np.isfinite(self.confidence).all():
             raise Invalid("Detections hold a NaN or an infinity; the model's output is broken.")
 
@@ -43,7 +47,10 @@ class Detections:
 
     def __getitem__(self, index: np.ndarray | slice) -> Detections:
         masks = None if self.masks is None else self.masks[index]
-        return Detections(self.xyxy[index], self.class_id[index], self.confidence[index], masks)
+        polygons = self.polygons
+        if polygons is not None:
+            polygons = tuple(polygons[at] for at in np.atleast_1d(np.arange(len(self))[index]))
+        return Detections(self.xyxy[index], self.class_id[index], self.confidence[index], masks, polygons)
 
     @classmethod
     def empty(cls) -> Detections:

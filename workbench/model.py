@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from workbench.errors import Invalid
+from workbench.inference.families import FAMILIES, check_decoder
 from workbench.taxonomy import Taxonomy
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
-DECODERS = ("yolox", "nanodet", "fcos")
+DECODERS = tuple(FAMILIES)
 PADDINGS = ("topleft", "centre", "stretch")
 
 
@@ -56,10 +58,14 @@ class ModelCard:
     """A model version's description, stored as card.json beside its files.
 
     name, version  together the reference `name@version`
-    decoder        {"name": one of DECODERS, ...its own parameters, "confidence": 0..1, "iou": 0..1}
+    decoder        {"name": one of DECODERS, ...its settings (inference/families.py), "confidence": 0..1, "iou": 0..1}
     files          file name -> {"sha256": hex, "size_bytes": int}; exactly one ends in .onnx
     trained_on     {"ref": "cells@1.0.0", "digest": ...}, or empty when unknown
     metrics        figures measured by us, e.g. {"map_50_95": 0.58, "map_50": 0.9, "on": "cells@1.0.0/test"}
+    sample         a picture among the files and what the model must find on it before it is registered:
+                   {"file": "sample.jpg", "expect": [{"label": "cat", "xyxy": [x1, y1, x2, y2] or left out}]}
+    quantization   of an INT8 version: {"from": ref, "from_sha256", "calibration_digest", "ranges", "float_layers",
+                   "frames"}; empty for every other
     """
 
     name: str
@@ -73,18 +79,15 @@ class ModelCard:
     metrics: dict[str, Any] = field(default_factory=dict)
     run_id: str = ""
     description: str = ""
+    sample: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not MODEL_NAME.fullmatch(self.name):
             raise Invalid(f"Model name {self.name!r} must be lower-case letters, digits, '.', '-' or '_'.")
         if not MODEL_NAME.fullmatch(self.version):
             raise Invalid(f"Model version {self.version!r} must be lower-case letters, digits, '.', '-' or '_'.")
-        if self.decoder.get("name") not in DECODERS:
-            raise Invalid(f"Model {self.ref} names decoder {self.decoder.get('name')!r}; known are {', '.join(DECODERS)}.")
-        for key in ("confidence", "iou"):
-            value = self.decoder.get(key, 0.5)
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise Invalid(f"Model {self.ref}: decoder {key} {value!r} must lie in 0..1.")
+        check_decoder(self.decoder, self.labels.labels, f"Model {self.ref}")
         if not len(self.labels):
             raise Invalid(f"Model {self.ref} has no labels.")
         for file in self.files:
@@ -92,6 +95,8 @@ class ModelCard:
                 raise Invalid(f"Model {self.ref}: file name {file!r} must be a plain name without folders.")
         if sum(file.endswith(".onnx") for file in self.files) != 1:
             raise Invalid(f"Model {self.ref} must have exactly one .onnx file, has {sorted(self.files)}.")
+        if self.sample:
+            _check_sample(self)
 
     @property
     def ref(self) -> str:
@@ -107,6 +112,11 @@ class ModelCard:
         """The name of the ONNX file."""
         return next(file for file in self.files if file.endswith(".onnx"))
 
+    @property
+    def task(self) -> str:
+        """What the model draws: "boxes", "polygons" or "tags"."""
+        return FAMILIES[self.decoder["name"]].task
+
     def with_confidence(self, confidence: float) -> ModelCard:
         return replace(self, decoder={**self.decoder, "confidence": confidence})
 
@@ -119,6 +129,8 @@ class ModelCard:
                       "padding": spec.padding, "pad": spec.pad},
             "decoder": self.decoder, "files": self.files, "trained_on": self.trained_on, "metrics": self.metrics,
             "run_id": self.run_id, "description": self.description,
+            **({"sample": self.sample} if self.sample else {}),
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
 
     @classmethod
@@ -132,10 +144,36 @@ class ModelCard:
                 decoder=dict(record["decoder"]), labels=Taxonomy(tuple(record["labels"])), files=dict(record["files"]),
                 licence=record.get("licence", ""), trained_on=dict(record.get("trained_on") or {}),
                 metrics=dict(record.get("metrics") or {}), run_id=record.get("run_id", ""),
-                description=record.get("description", ""),
+                description=record.get("description", ""), sample=dict(record.get("sample") or {}),
+                quantization=dict(record.get("quantization") or {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise Invalid(f"card.json is not a model card: {error!r}. See docs/adopting.md for its fields.") from error
+
+
+def _check_sample(card: ModelCard) -> None:
+    file, expect = card.sample.get("file"), card.sample.get("expect")
+    if file not in card.files or file == card.onnx:
+        raise Invalid(
+            f"Model {card.ref}: its sample picture {file!r} must be one of its files ({', '.join(card.files)}).")
+    for one in expect if isinstance(expect, list) else [None]:
+        if not isinstance(one, dict) or one.get("label") not in card.labels or not _is_box(one.get("xyxy")):
+            raise Invalid(
+                f"Model {card.ref}: its sample's \"expect\" must be a list of {{\"label\": one of its labels, "
+                f"\"xyxy\": [x1, y1, x2, y2]}}, got {one if one is not None else expect!r}.")
+    if not expect:
+        raise Invalid(f"Model {card.ref}: its sample must expect at least one thing, else it checks nothing.")
+
+
+def _is_box(box: Any) -> bool:
+    """Left out, or four numbers with an area."""
+    if box is None:
+        return True
+    if not isinstance(box, (list, tuple)) or len(box) != 4:
+        return False
+    if not all(isinstance(side, (int, float)) and math.isfinite(side) for side in box):
+        return False
+    return box[0] < box[2] and box[1] < box[3]
 
 
 def parse_model_ref(ref: str) -> tuple[str, str]:

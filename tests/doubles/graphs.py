@@ -94,3 +94,46 @@ def red_finder(
     return ModelCard("finder", "1", InputSpec(size=(side, side)),
                      {"name": "fcos", "strides": [8], "confidence": 0.5, "iou": 0.3}, Taxonomy(labels),
                      {"model.onnx": file_record(path)}, licence="Apache-2.0")
+
+
+def red_masks(folder: Path, side: int = 256) -> ModelCard:
+    """A semantic model that really looks: (n, 3, side / 8, side / 8) logits of background, red and blue, each cell by
+    the mean of its pixels. Returns its card."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["x"], ["chw"], perm=[0, 3, 1, 2]),
+        helper.make_node("AveragePool", ["chw"], ["pooled"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Conv", ["pooled", "mix", "bias"], ["maps"])]
+    mix = np.array([(0, 0, 0), (1, -0.5, -0.5), (-0.5, -0.5, 1)], np.float32).reshape(3, 3, 1, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = save(folder / "model.onnx", nodes, {"images": (["n", side, side, 3], "uint8")}, ["maps"],
+                {"mix": mix / 16, "bias": np.array([8, 0, 0], np.float32)})
+    return ModelCard("masks", "1", InputSpec(size=(side, side), pad=0), {"name": "semantic", "confidence": 0.5},
+                     Taxonomy(("red", "blue")), {"model.onnx": file_record(path)}, licence="Apache-2.0")
+
+
+def red_tags(folder: Path, side: int = 32) -> ModelCard:
+    """A classifier that really looks: logits of red, blue and dark by the mean of all pixels. Returns its card."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["x"], ["chw"], perm=[0, 3, 1, 2]),
+        helper.make_node("GlobalAveragePool", ["chw"], ["pooled"]),
+        helper.make_node("Conv", ["pooled", "mix", "bias"], ["logits"])]
+    mix = np.array([(1, -0.5, -0.5), (-0.5, -0.5, 1), (0, 0, 0)], np.float32).reshape(3, 3, 1, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = save(folder / "model.onnx", nodes, {"images": (["n", side, side, 3], "uint8")}, ["logits"],
+                {"mix": mix, "bias": np.array([0, 0, 2], np.float32)})
+    return ModelCard("tags", "1", InputSpec(size=(side, side), padding="stretch"),
+                     {"name": "classification", "confidence": 0.5}, Taxonomy(("red", "blue", "dark")),
+                     {"model.onnx": file_record(path)}, licence="Apache-2.0")
+
+
+def chw_tags(folder: Path, side: int = 32) -> Path:
+    """red_tags' graph as frameworks export a classifier: (n, 3, side, side) float32 of ImageNet's scale. Returns its file."""
+    nodes = [helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+             helper.make_node("Conv", ["pooled", "mix", "bias"], ["maps"]),
+             helper.make_node("Flatten", ["maps"], ["logits"])]
+    mix = np.array([(4, -2, -2), (-2, -2, 4), (0, 0, 0)], np.float32).reshape(3, 3, 1, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    return save(folder / "model.onnx", nodes, {"images": (["n", 3, side, side], "float32")}, ["logits"],
+                {"mix": mix, "bias": np.array([0, 0, 1], np.float32)})

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from workbench.errors import Invalid
-from workbench.inference.decode import decode, points
+from workbench.inference.candidates import points
+from workbench.inference.decode import decode
 from workbench.inference.letterbox import Letterbox
 from workbench.inference.nms import nms
 from workbench.model import InputSpec, ModelCard

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from doubles import graphs
 from onnx import helper
@@ -14,7 +15,7 @@ from workbench.adapters.openvino import OpenVINO
 from workbench.boxes import Detections, iou
 from workbench.errors import Invalid, NotFound
 from workbench.inference.detector import Detector, check_card
-from workbench.inference.known import COCO_80, card_for_nanodet, card_for_yolox
+from workbench.inference.known import COCO_80, COCO_IDS, KNOWN, card_for, card_for_nanodet, card_for_yolox
 from workbench.inference.pipeline import decode_image
 from workbench.model import ModelCard
 
@@ -119,3 +120,62 @@ def test_what_is_no_detector_gets_no_card(tmp_path: Path) -> None:
     graphs.save(tmp_path / "flat.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": ([1, 4], "float32")}, ["y"], {})
     with pytest.raises(Invalid, match="four axes"):
         card_for_yolox(tmp_path / "flat.onnx", "y")
+
+
+def with_outputs(path: Path, size: int, outputs: dict[str, list[int | str]]) -> Path:
+    """A graph of one image input that gives zeros in these shapes."""
+    constants, nodes = {"zero": np.float32(0)}, []
+    nodes.append(helper.make_node("ReduceMean", ["images"], ["mean"], axes=[0, 1, 2, 3], keepdims=0))
+    nodes.append(helper.make_node("Mul", ["mean", "zero"], ["nothing"]))
+    for name, shape in outputs.items():
+        constants[f"{name}_like"] = np.zeros(shape, np.float32)
+        nodes.append(helper.make_node("Add", [f"{name}_like", "nothing"], [name]))
+    graphs.save(path, nodes, {"images": ([1, 3, size, size], "float32")}, list(outputs), constants)
+    model = onnx.load(str(path))
+    for value, shape in zip(model.graph.output, outputs.values()):
+        value.type.tensor_type.shape.CopyFrom(helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, shape).tensor_type.shape)
+    onnx.save(model, str(path))
+    return path
+
+
+EXPORTS = {
+    "yolov5": (64, {"output0": [1, 3 * 84, 85]}), "yolov8": (64, {"output0": [1, 84, 84]}),
+    "yolov8_seg": (64, {"output0": [1, 116, 84], "output1": [1, 32, 16, 16]}),
+    "fcos": (32, {"cls_logits": [1, 23, 91], "bbox_regression": [1, 23, 4], "bbox_ctrness": [1, 23, 1]}),
+    "retinanet": (32, {"cls_logits": [1, 207, 91], "bbox_regression": [1, 207, 4]}),
+    "ssd": (300, {"scores": [1, 8732, 91], "boxes": [1, 8732, 4]}),
+    "detr": (64, {"logits": [1, 100, 92], "pred_boxes": [1, 100, 4]}),
+    "rt_detr": (64, {"logits": [1, 300, 80], "boxes": [1, 300, 4]}),
+    "classification": (64, {"output": [1, 3]}), "semantic": (64, {"out": [1, 4, 16, 16]})}
+
+
+@pytest.mark.parametrize("family", EXPORTS)
+def test_an_export_of_each_family_fits_its_card_from_the_file_alone(family: str, tmp_path: Path) -> None:
+    size, outputs = EXPORTS[family]
+    labels = () if KNOWN[family].labels else ("cat", "dog", "bird")
+    onnx_file = with_outputs(tmp_path / "model.onnx", size, outputs)
+    card = card_for(family, onnx_file, "mine", labels=labels)
+    assert check_card(card, tmp_path, lambda path: OnnxRuntime(path, threads=1))["backend"] == "onnxruntime"
+    assert card.input.size == (size, size) and ModelCard.from_json(card.to_json()) == card
+    if family in ("fcos", "retinanet", "ssd", "detr"):
+        assert card.decoder["columns"] == list(COCO_IDS) and len(card.labels) == 80
+    if family == "ssd":
+        assert card.decoder["outputs"] == {"cls": "scores", "box": "boxes"}
+
+
+def test_coco_s_80_labels_have_the_ids_that_coco_gives_them() -> None:
+    # instances_val2017.json: person 1, stop sign 13, bear 23, refrigerator 82, toothbrush 90.
+    ids = dict(zip(COCO_80, COCO_IDS, strict=True))
+    assert [ids[label] for label in ("person", "stop sign", "bear", "refrigerator", "toothbrush")] == [1, 13, 23, 82, 90]
+
+
+def test_a_family_that_does_not_exist_and_labels_nobody_can_know_are_told(tmp_path: Path) -> None:
+    onnx_file = with_outputs(tmp_path / "model.onnx", 64, {"output": [1, 3]})
+    with pytest.raises(Invalid, match="no family 'yolo99'; there are yolox"):
+        card_for("yolo99", onnx_file, "mine")
+    with pytest.raises(Invalid, match="say the labels of model.onnx"):
+        card_for("classification", onnx_file, "mine")
+
+
+def test_every_family_says_how_to_export_it() -> None:
+    assert all(one.how.endswith(".") and one.title for one in KNOWN.values())
