@@ -259,7 +259,7 @@ def in_fiftyone(record: dict[str, Any], manifest: Manifest, dataset: str) -> Non
     ):
         truth, labels = manifest.split(record["split"]), manifest.taxonomy
         with st.spinner("Handing the frames to FiftyOne …"):
-            st.session_state[key] = wb.server.show_evaluation(
+            st.session_state[key] = wb.fiftyone.show_evaluation(
                 dataset,
                 record["model"],
                 truth,

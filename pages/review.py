@@ -83,8 +83,9 @@ def controls(frame: str | None, working: WorkingFrame | None) -> str | None:
                               help=session.literal(f"Reopens {last[1]}, which was {last[2]}.")):
             pressed = "undo"
         st.space("stretch")
-        st.segmented_control("How", [DRAW, LOOK], default=DRAW, key="review_how", required=True,
-                             label_visibility="collapsed")
+        if not session.workbench().config.cvat_url:
+            st.segmented_control("How", [DRAW, LOOK], default=DRAW, key="review_how", required=True,
+                                 label_visibility="collapsed")
         st.selectbox("Order", list(ORDERS), format_func=ORDERS.get, key="review_order", label_visibility="collapsed",
                      width=210)
     return pressed
@@ -162,7 +163,8 @@ def work(dataset: str) -> None:
         except WorkbenchError as failure:
             refused = failure
     pressed = controls(frame, working)
-    is_app_up = pieces.app_answers(workbench.config.fiftyone)
+    in_cvat = bool(workbench.config.cvat_url)
+    is_app_up = not in_cvat and pieces.app_answers(workbench.config.fiftyone)
     in_app = st.session_state.get("review_how", DRAW) == DRAW and is_app_up
     if refused is not None:
         session.error(refused)
@@ -176,7 +178,13 @@ def work(dataset: str) -> None:
             session.empty("This data set has no frames yet.", "upload", "Upload frames", "upload")
     else:
         pieces.heading(working)
-        if not is_app_up and st.session_state.get("review_how", DRAW) == DRAW:
+        if in_cvat:
+            # CVAT refuses to be framed.
+            with st.container(horizontal=True, vertical_alignment="center"):
+                st.link_button("Correct it in CVAT", workbench.server.review_url(dataset, frame),
+                               icon=":material/open_in_new:")
+                st.caption("Save there, then accept or reject here; or complete the job in CVAT, which accepts its frames.")
+        elif not is_app_up and st.session_state.get("review_how", DRAW) == DRAW:
             st.warning(f"FiftyOne's app does not answer at {workbench.config.fiftyone}, so boxes cannot be changed "
                        "here. Start it with `workbench up`, or see `workbench doctor`. You can still accept and reject by "
                        "looking.", icon=":material/power_off:")

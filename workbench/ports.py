@@ -1,7 +1,7 @@
 """The boundaries of the workbench, one Protocol each; the docstrings are the specification that tests/contracts/ checks.
 
 Backend        runs a model's graph              adapters: openvino, onnxruntime, tensorrt
-AnnotationServer  keeps labels being worked on   adapters: fiftyone
+AnnotationServer  keeps labels being worked on   adapters: fiftyone, cvat
 ModelStore     keeps annotator models            adapters: local_models
 DatasetStore   keeps published versions          adapters: git_datasets
 Tracker        keeps runs and registered models  adapters: mlflow
@@ -71,7 +71,11 @@ class AnnotationServer(Protocol):
 
     ids, sources, confidences and attributes survive every round trip; geometry survives within 0.05 px.
     All methods on a task that does not exist raise NotFound; a server that does not answer is Unavailable.
+
+    write_batch  frames a long run should write at once: what a write costs, whatever is in it, is shared by so many
     """
+
+    write_batch: int
 
     def open_task(self, dataset: str, taxonomy: Taxonomy) -> None:
         """Creates the task, or widens the taxonomy of the one there is; calling it again changes nothing."""
@@ -101,7 +105,9 @@ class AnnotationServer(Protocol):
         ...
 
     def write(self, dataset: str, frames: Sequence[WorkingFrame]) -> list[str]:
-        """Stores annotations, runs, status, split, reviewed_by and reviewed_at; each frame in one atomic update.
+        """Stores annotations, runs, status, split, reviewed_by and reviewed_at; each frame whole, also after a kill: in
+        one atomic update, or carried through by the next reader where the server has none (such a server says in its
+        docstring what of a person's simultaneous edit it may overwrite).
 
         Returns the names whose stored revision differed from the one given: those were changed by somebody since they
         were read and are NOT written. The others are. Nothing else of the frame is touched.

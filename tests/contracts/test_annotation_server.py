@@ -1,4 +1,5 @@
-"""The sentences of ports.AnnotationServer, on FiftyOne over a real mongod and on the double that steps are tested with."""
+"""The sentences of ports.AnnotationServer: on FiftyOne over a real mongod, on CVAT's adapter over a double of its server
+(and over a real one when WORKBENCH_TEST_CVAT_URL and _TOKEN are set), and on the double that steps are tested with."""
 
 from __future__ import annotations
 
@@ -22,14 +23,17 @@ for folder in (PROJECT / "tests", PROJECT / "tests" / "unit"):
         sys.path.insert(0, str(folder))
 
 from doubles.annotation_server import MemoryServer  # noqa: E402
+from doubles.cvat import READ_WRITE, cvat  # noqa: E402
 from parts_mongo import free_port, mongod  # noqa: E402
 from test_run import EVENTS, History  # noqa: E402
+from workbench.adapters.cvat import Connection, CvatServer  # noqa: E402
 from workbench.adapters.fiftyone import FiftyOneServer  # noqa: E402
 from workbench.annotation import Annotation, machine_annotation_id  # noqa: E402
 from workbench.boxes import Detections  # noqa: E402
 from workbench.dataset import Frame, LabeledFrame  # noqa: E402
 from workbench.errors import Conflict, Invalid, NotFound, Unavailable  # noqa: E402
 from workbench.ports import AnnotationServer  # noqa: E402
+from workbench.records import Records  # noqa: E402
 from workbench.run import NO_LABEL, RunWrite, WorkingFrame, propose, settle, touch  # noqa: E402
 from workbench.taxonomy import Taxonomy  # noqa: E402
 
@@ -58,9 +62,26 @@ def fiftyone(database: str) -> Iterator[FiftyOneServer]:
         server.delete_task(task.dataset)
 
 
-@pytest.fixture(params=["fiftyone", "memory"])
+@pytest.fixture
+def cvat_double(tmp_path: Path) -> Iterator[CvatServer]:
+    with cvat() as double:
+        yield CvatServer(Connection(double.url, READ_WRITE), Records(f"sqlite:///{tmp_path}/records.sqlite").engine)
+
+
+@pytest.fixture
+def cvat_real(tmp_path: Path) -> Iterator[CvatServer]:
+    url, token = (os.environ.get(f"WORKBENCH_TEST_CVAT_{name}", "") for name in ("URL", "TOKEN"))
+    if not url or not token:
+        pytest.skip("WORKBENCH_TEST_CVAT_URL and WORKBENCH_TEST_CVAT_TOKEN name no CVAT server to run the contract on")
+    server = CvatServer(Connection(url, token), Records(f"sqlite:///{tmp_path}/records.sqlite").engine)
+    yield server
+    for task in server.tasks():
+        server.delete_task(task.dataset)
+
+
+@pytest.fixture(params=["fiftyone", "memory", "cvat_double", "cvat_real"])
 def server(request: pytest.FixtureRequest) -> AnnotationServer:
-    return request.getfixturevalue("fiftyone") if request.param == "fiftyone" else MemoryServer()
+    return MemoryServer() if request.param == "memory" else request.getfixturevalue(request.param)
 
 
 def frame(name: str, width: int = 640, height: int = 480) -> Frame:
@@ -436,3 +457,17 @@ def test_fiftyone_can_be_imported_after_mlflow() -> None:
               "import importlib_metadata; print(callable(vars(importlib_metadata._adapters.Message)['__getitem__']))")
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0 and ran.stdout.strip().endswith("True"), ran.stderr[-2000:]
+
+
+def test_a_machine_s_polygons_and_tags_come_back_as_it_left_them_and_a_moved_corner_is_a_person_s(
+        server: AnnotationServer, pixels: Path) -> None:
+    opened(server, pixels, LabeledFrame(frame("a.jpg")))
+    corners = ((10.25, 20.5), (110.75, 22.0), (97.33, 200.67), (12.0, 180.01))
+    drawn = (Annotation("RBC", polygon=corners, xyxy=(10.25, 20.5, 110.75, 200.67), source="model:m@1", confidence=0.8,
+                        id=machine_annotation_id("r1", "a.jpg", 0)),
+             Annotation("WBC", source="model:m@1", confidence=0.6, id=machine_annotation_id("r1", "a.jpg", 1)))
+    stand = stored(server, propose(one(server), "r1", "model:m@1", drawn))
+    assert {a.id for a in touch(stand).machine} == {a.id for a in drawn} and touch(stand).human == ()
+    moved = tuple(replace(a, polygon=((15.0, 20.5), *corners[1:])) if a.polygon else a for a in stand.annotations)
+    after = touch(stored(server, replace(stand, annotations=moved)))
+    assert [a.label for a in after.human] == ["RBC"] and [a.label for a in after.machine] == ["WBC"]
