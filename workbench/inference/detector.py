@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,18 @@ import numpy as np
 
 from workbench.boxes import Detections
 from workbench.errors import Invalid
+from workbench.inference.candidates import Candidates
 from workbench.inference.decode import decode
-from workbench.inference.graph import check_files
-from workbench.inference.letterbox import Letterbox, letterbox
+from workbench.inference.families import FAMILIES
+from workbench.inference.graph import Graph, check_files, read_graph
+from workbench.inference.letterbox import Letterbox, fit, letterbox
+from workbench.inference.masks import outlined
 from workbench.inference.nms import MAX_DETECTIONS, nms
+from workbench.inference.standard import dynamic_batch, gain_and_shift, pixels_inside
 from workbench.model import ModelCard
 
-# Gives the opened workbench.ports.Backend of an .onnx file.
-OpenBackend = Callable[[Path], Any]
+# Gives the opened workbench.ports.Backend of an .onnx file or of a graph in memory (read_graph takes both).
+OpenBackend = Callable[[Path | Graph], Any]
 
 DEFAULT_CONFIDENCE = 0.3
 DEFAULT_IOU = 0.6
@@ -28,7 +34,7 @@ MIN_SIDE_PX = 1.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image as the model takes it: tensor without its batch axis, and the way back to the image."""
+    """One image as the model takes it: the (H, W, 3) uint8 RGB canvas, and the way back to the image."""
 
     tensor: np.ndarray
     letterbox: Letterbox
@@ -42,14 +48,18 @@ class Detector:
     iou                    NMS threshold; default: the card's
     confidence_by_label    {label: least confidence}, over `confidence`; default: the card's
                            decoder["confidence_by_label"]
+    batch                  how many images a run is to take: above 1, a graph exported for one image is opened for any
+                           number, if it then treats them alike
 
-    Opening raises Invalid when a file has another sha256 than the card says or the graph's input is not what the card
+    The graph is opened in its standard form (inference/standard.py), so a canvas of pixels is all it takes. detect,
+    prepare and detect_prepared may be called from several threads; `streams` runs go at once. Opening raises Invalid when a file has another sha256 than the card says or the graph's input is not what the card
     describes.
     """
 
     def __init__(self, card: ModelCard, folder: Path, open_backend: OpenBackend, *, confidence: float | None = None,
-                 iou: float | None = None, confidence_by_label: Mapping[str, float] | None = None) -> None:
-        self.card = card
+                 iou: float | None = None, confidence_by_label: Mapping[str, float] | None = None,
+                 batch: int = 1) -> None:
+        self.card, self._batch = card, batch
         self._folder, self._open = Path(folder), open_backend
         decoder = card.decoder
         confidence = decoder.get("confidence", DEFAULT_CONFIDENCE) if confidence is None else confidence
@@ -57,28 +67,28 @@ class Detector:
         self._least = np.full(len(card.labels), confidence, np.float32)
         for label, least in by_label.items():
             self._least[card.labels.class_id(label)] = least
-        self._iou = decoder.get("iou", DEFAULT_IOU) if iou is None else iou
-        if not all(0 <= value <= 1 for value in (*self._least, self._iou)):
+        self.iou = decoder.get("iou", DEFAULT_IOU) if iou is None else iou
+        if not all(0 <= value <= 1 for value in (*self._least, self.iou)):
             raise Invalid(
-                f"Thresholds of {card.ref} must lie in 0..1, got {confidence}, {by_label} and IoU {self._iou}."
+                f"Thresholds of {card.ref} must lie in 0..1, got {confidence}, {by_label} and IoU {self.iou}."
             )
-        self._most = int(decoder.get("max_detections", MAX_DETECTIONS))
-        # mean and std in the order of the card's colours: tensor = (pixel * scale - mean) / std.
-        spec = card.input
-        self._gain = np.float32(spec.scale) / np.array(spec.std, np.float32)
-        self._shift = np.array(spec.mean, np.float32) / np.array(spec.std, np.float32)
-        self._is_plain = spec.scale == 1 and not any(spec.mean) and all(value == 1 for value in spec.std)
-        if spec.dtype == "uint8" and not self._is_plain:
+        self.most = int(decoder.get("max_detections", MAX_DETECTIONS))
+        gain, shift = gain_and_shift(card.input)
+        if card.input.dtype == "uint8" and ((gain != 1).any() or shift.any()):
             raise Invalid(f"Model {card.ref}: a uint8 input cannot be scaled; scale, mean and std must be 1, 0 and 1.")
 
     def __enter__(self) -> Detector:
         check_files(self.card, self._folder)
-        self._backend = self._open(self._folder / self.card.onnx).__enter__()
+        file = self._folder / self.card.onnx
+        _, model = read_graph(file)
         try:
-            self._check_input()
-        except BaseException:
-            self._backend.__exit__(None, None, None)
-            raise
+            standard, _ = pixels_inside(model, self.card.input)
+        except Invalid as error:
+            raise Invalid(f"{self.card.onnx} of {self.card.ref}: {error}") from error
+        freed = dynamic_batch(standard) if self._batch > 1 else standard
+        self._backend = self._opened_for_many(Graph(file, freed)) if freed is not standard else None
+        if self._backend is None:
+            self._backend = self._opened(file if standard is model else Graph(file, standard))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -89,22 +99,41 @@ class Detector:
         """The BackendReport of what really runs."""
         return self._backend.report
 
+    @property
+    def streams(self) -> int:
+        """How many runs of the graph go at once."""
+        return self._backend.streams
+
+    @property
+    def batch_is_dynamic(self) -> bool:
+        """Whether the graph takes several images in one run."""
+        return self._backend.batch_is_dynamic
+
+    def at(self, confidence: float) -> Detector:
+        """The same opened model with another least confidence, of all labels; usable as long as this one is open."""
+        view = copy.copy(self)
+        view._least = np.full(len(self.card.labels), confidence, np.float32)
+        return view
+
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """images: (H, W, 3) uint8 RGB of any sizes. Raises Invalid when the graph does not fit its card."""
         return self.detect_prepared([self.prepare(image) for image in images])
 
-    def prepare(self, image: np.ndarray) -> Prepared:
-        """Letterboxes and normalises one (H, W, 3) uint8 RGB image; may run in any thread."""
+    def prepare(self, image: np.ndarray, image_size: tuple[int, int] | None = None) -> Prepared:
+        """Letterboxes one (H, W, 3) uint8 RGB image; may run in any thread.
+
+        image_size  (width, height) of the image it shows as a whole, if it was reduced when it was decoded
+        """
         spec = self.card.input
-        canvas, box = letterbox(image, spec.size, spec.padding, spec.pad)
-        tensor = canvas if spec.colour == "RGB" else canvas[:, :, ::-1]
-        if spec.dtype == "float32":
-            tensor = tensor.astype(np.float32)
-            if not self._is_plain:
-                tensor = tensor * self._gain - self._shift
-        if spec.layout == "NCHW":
-            tensor = tensor.transpose(2, 0, 1)
-        return Prepared(np.ascontiguousarray(tensor), box)
+        return Prepared(*letterbox(image, spec.size, spec.padding, spec.pad, image_size))
+
+    def least_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of an image of `image_size` on the canvas: what a reduced one should have at least."""
+        return fit(image_size, self.card.input.size, self.card.input.padding)[0]
+
+    def outputs(self, canvases: np.ndarray) -> dict[str, np.ndarray]:
+        """One run of the graph on (n, H, W, 3) uint8 RGB canvases: its outputs as they are."""
+        return self._backend.run(canvases)
 
     def detect_prepared(self, prepared: Sequence[Prepared]) -> list[Detections]:
         """One batch where the graph's batch size is free, one by one otherwise; results in the order given."""
@@ -114,29 +143,44 @@ class Detector:
         found: list[Detections] = []
         for start in range(0, len(prepared), group):
             part = prepared[start:start + group]
-            outputs = self._backend.run(np.stack([one.tensor for one in part]))
+            outputs = self.outputs(part[0].tensor[None] if len(part) == 1 else np.stack([one.tensor for one in part]))
             found += [self._finish(candidates, one.letterbox)
                       for candidates, one in zip(decode(self.card, outputs, self._least), part, strict=True)]
         return found
 
-    def _finish(self, candidates: Detections, box: Letterbox) -> Detections:
+    def _finish(self, candidates: Candidates, box: Letterbox) -> Detections:
         boxes = box.to_image(candidates.xyxy)
-        visible = np.nonzero(((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE_PX).all(axis=1))[0]
-        kept = visible[
-            nms(boxes[visible], candidates.confidence[visible], candidates.class_id[visible], self._iou, self._most)
-        ]
-        return Detections(boxes[kept], candidates.class_id[kept], candidates.confidence[kept])
+        kept = np.nonzero(((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE_PX).all(axis=1))[0]
+        if FAMILIES[self.card.decoder["name"]].suppresses:
+            kept = kept[nms(boxes[kept], candidates.confidence[kept], candidates.class_id[kept], self.iou, self.most)]
+        return outlined(self.card, candidates, kept[:self.most], boxes, box)
 
-    def _check_input(self) -> None:
-        spec, shape = self.card.input, self._backend.input_shape
-        sides = spec.size[::-1]
-        wanted = (1, *sides, 3) if spec.layout == "NHWC" else (1, 3, *sides)
-        if len(shape) != 4 or any(given not in (None, need) for given, need in zip(shape[1:], wanted[1:])) or (
-                shape[0] not in (None, 1)):
-            raise Invalid(
-                f"{self.card.onnx} of {self.card.ref}: the graph takes {_shape(shape)}, its card says {spec.layout} "
-                f"{_shape(wanted)} with a batch of 1 or any. Correct the card's input or export the graph again."
-            )
+    def _opened(self, source: Path | Graph) -> Any:
+        backend = self._open(source).__enter__()
+        width, height = self.card.input.size
+        if backend.input_shape[1:] != (height, width, 3):
+            backend.__exit__(None, None, None)
+            raise Invalid(f"{self.card.onnx} of {self.card.ref}: opened by {backend.report.library} the graph takes "
+                          f"{backend.input_shape} instead of (n, {height}, {width}, 3). Use another backend.")
+        return backend
+
+    def _opened_for_many(self, source: Graph) -> Any | None:
+        """The backend of a graph whose batch axis was freed; None when it does not treat every image alike."""
+        width, height = self.card.input.size
+        canvases = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+        try:
+            with ExitStack() as stack:
+                backend = self._opened(source)
+                stack.push(backend)
+                both, singles = backend.run(canvases), [backend.run(canvas[None]) for canvas in canvases]
+                # Sums of float32 in another order differ in their last bits, more so after many layers.
+                if all(len(values) == 2 and np.allclose(values, np.concatenate([one[name] for one in singles]), rtol=1e-3,
+                                                        atol=1e-3 * np.abs(values).max()) for name, values in both.items()):
+                    stack.pop_all()
+                    return backend
+        except Invalid:
+            return None  # it fixes its batch in other places too, so it cannot be opened or run
+        return None
 
 
 def check_card(card: ModelCard, folder: Path, open_backend: OpenBackend) -> dict[str, Any]:
@@ -157,8 +201,9 @@ def check_card(card: ModelCard, folder: Path, open_backend: OpenBackend) -> dict
                 f"{card.onnx} of {card.ref} finds {len(found)} boxes, then {len(again)} in the same image; a graph "
                 "whose result depends on its batch cannot annotate. Export it in evaluation mode."
             )
-        return {**vars(detector.report), "detections": len(found)}
-
-
-def _shape(shape: Sequence[int | None]) -> str:
-    return "(" + ", ".join("n" if side is None else str(side) for side in shape) + ")"
+        report = {**vars(detector.report), "detections": len(found)}
+    if card.sample:
+        from workbench.inference.sample import check_sample  # it decodes pictures as the pipeline does, which needs us
+        with Detector(card, folder, open_backend) as detector:
+            check_sample(card, folder, detector.detect)
+    return report

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from workbench.errors import Invalid, NotFound
 from workbench.model import ModelCard
+
+# TensorRT's plan files begin with "ftrt" or "ptrt", those of TensorRT for RTX with "vtrt".
+ENGINE_TAG = b"trt"
 
 
 def file_record(file: Path) -> dict[str, Any]:
@@ -25,8 +29,25 @@ def check_files(card: ModelCard, folder: Path) -> None:
                           f"{record.get('sha256')}. Copy the file again from where it came.")
 
 
-def read_graph(file: Path) -> tuple[bytes, Any]:
-    """The ONNX graph of a file as (bytes without external data, onnx.ModelProto).
+@dataclass(frozen=True)
+class Graph:
+    """A graph in memory, made from the one in `file`; a backend opens it like a file, and errors name the file.
+
+    model  onnx.ModelProto without external data
+    """
+
+    file: Path
+    model: Any
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+
+def read_graph(source: Path | Graph) -> tuple[bytes, Any]:
+    """The ONNX graph of a file or in memory as (bytes without external data, onnx.ModelProto).
 
     Tensors kept in other files are taken in; only plain files in the same folder are allowed. Raises Invalid when the
     file is no ONNX graph or reaches outside its folder, NotFound when it is missing.
@@ -34,7 +55,12 @@ def read_graph(file: Path) -> tuple[bytes, Any]:
     import onnx
     from google.protobuf.message import DecodeError
 
-    data = _bytes(file)
+    if isinstance(source, Graph):
+        return source.model.SerializeToString(), source.model
+    file, data = source, _bytes(source)
+    if data[1:4] == ENGINE_TAG:
+        raise Invalid(f"{file} is a TensorRT engine. Engines are programs and are only built here, from an ONNX graph: take "
+                      "the .onnx file it was built from.")
     try:
         model = onnx.load_model_from_string(data)
     except DecodeError as error:
@@ -53,6 +79,16 @@ def read_graph(file: Path) -> tuple[bytes, Any]:
         onnx.load_external_data_for_model(model, str(file.parent))
         data = model.SerializeToString()
     return data, model
+
+
+def quantized_layers(model: Any) -> list[str]:
+    """The first outputs of the layers with weights that a Q/DQ graph wants in int8: what they take was dequantised."""
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    weights = {node.output[0] for node in model.graph.node
+               if node.op_type == "DequantizeLinear" and node.input[0] in constants}
+    return [node.output[0] for node in model.graph.node
+            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and node.input[0] in dequantized - weights]
 
 
 def _bytes(file: Path) -> bytes:

@@ -1,10 +1,12 @@
-"""From stored image files to detections: decoding in threads, bounded memory, results in the order of the frames."""
+"""From stored image files to detections: one frame per core from its bytes to its boxes, bounded memory, order kept."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import cv2
@@ -12,21 +14,16 @@ import numpy as np
 
 from workbench.boxes import Detections
 from workbench.dataset import Frame
-from workbench.errors import Invalid, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.inference.detector import Detector, Prepared
+from workbench.inference.pixels import decode_frame, decode_image
+from workbench.inference.tiling import Tiling, detect_tiles
+
+__all__ = ["decode_image", "detect_frames"]
 
 T = TypeVar("T")
-
-
-def decode_image(data: bytes, name: str) -> np.ndarray:
-    """An image file's bytes -> (H, W, 3) uint8 RGB, upright (its EXIF orientation applied). Raises Invalid."""
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    except cv2.error as error:
-        raise Invalid(f"{name} cannot be decoded as an image: {error.err}. Upload the file again.") from error
-    if pixels is None:
-        raise Invalid(f"{name} cannot be decoded as an image. Upload the file again.")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+# Enough results to work on while whoever takes them is busy for half a second, with a model of 100 images a second.
+AHEAD = 64
 
 
 def detect_frames(
@@ -35,45 +32,69 @@ def detect_frames(
     read: Callable[[Frame], bytes],
     *,
     batch: int = 1,
-    threads: int = 2,
-    ahead: int = 8,
+    threads: int = 0,
+    ahead: int = AHEAD,
+    tiling: Tiling | None = None,
 ) -> Iterator[tuple[T, Detections | WorkbenchError]]:
     """Yields (what came with the frame, its detections) in the order of `frames`.
 
     read     gives a frame's image file, in a thread
-    batch    images a run of the graph; with 1 a frame's result never depends on its neighbours (float sums differ in
-             their last bits between batch sizes), so a repeated job writes the very same boxes
-    ahead    how many images may be decoded or waiting beyond the batch: memory stays at about ahead + batch images
+    batch    images a run of the graph; each run has exactly so many (the last is filled up), so that what a frame gets
+             does not depend on how many there are. With 1 it never depends on its neighbours either (float sums differ
+             in their last bits between batch sizes), so a repeated job writes the very same boxes.
+    threads  each takes its frames through all stages, from the file to the boxes, so no image waits between stages or
+             moves to another core; 0: one per core, or per stream of the detector where it has more
+    ahead    how many results may be under way or waiting beyond the batch; pixels are only held by threads, for the
+             frames they are at: memory does not grow with the number of frames
+    tiling   also looks at each frame piece by piece, for small objects in large frames
 
+    A JPEG much larger than the model's input is decoded at 1/2, 1/4 or 1/8, but never below its size on the canvas.
     A frame that cannot be read or decoded, or whose size is not the recorded one, yields its error instead.
     """
+    # Its threads would only take cores from the ones here.
+    cv2.setNumThreads(1)
+
     def prepare(frame: Frame) -> Prepared:
-        image = decode_image(read(frame), frame.name)
-        if (image.shape[1], image.shape[0]) != (frame.width, frame.height):
-            raise Invalid(f"{frame.name} is {image.shape[1]} x {image.shape[0]} px, its record says {frame.width} x "
-                          f"{frame.height}. Upload the frame again.")
-        return detector.prepare(image)
+        size = (frame.width, frame.height)
+        image = decode_frame(read(frame), frame.name, size, detector.least_size(size))
+        return detector.prepare(image, size)
 
-    def results(waiting: list[tuple[T, Future]]) -> Iterator[tuple[T, Detections | WorkbenchError]]:
-        ready: list[tuple[T, Prepared | WorkbenchError]] = []
-        for key, future in waiting:
-            error = future.exception()
-            if error is not None and not isinstance(error, WorkbenchError):
-                raise error
-            ready.append((key, future.result() if error is None else error))
-        found = iter(detector.detect_prepared([one for _, one in ready if isinstance(one, Prepared)]))
-        for key, one in ready:
-            yield key, next(found) if isinstance(one, Prepared) else one
+    def attempt(work: Callable[[Frame], object], frame: Frame) -> object:
+        try:
+            return work(frame)
+        except WorkbenchError as error:
+            return error
 
-    source, queue = iter(frames), deque()
-    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode") as pool:
+    def detected(group: Sequence[Frame]) -> list[Detections | WorkbenchError]:
+        ready = [attempt(prepare, frame) for frame in group]
+        whole = [one for one in ready if isinstance(one, Prepared)]
+        if whole and batch > 1 and detector.batch_is_dynamic:
+            whole += [whole[-1]] * (batch - len(whole))
+        found = iter(detector.detect_prepared(whole))
+        return [next(found) if isinstance(one, Prepared) else one for one in ready]
+
+    def detected_in_tiles(group: Sequence[Frame]) -> list[Detections | WorkbenchError]:
+        images = [attempt(lambda one: decode_frame(read(one), one.name, (one.width, one.height)), one) for one in group]
+        return [detect_tiles(detector, image, tiling, batch) if isinstance(image, np.ndarray) else image
+                for image in images]
+
+    work = detected if tiling is None else detected_in_tiles
+    source = iter(frames)
+    queue: deque[tuple[list[T], Future]] = deque()
+    threads = threads or max(detector.streams, os.cpu_count() or 1)
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="detect") as pool:
+        under_way = 0
         try:
             while True:
-                while len(queue) < ahead + batch and (item := next(source, None)) is not None:
-                    queue.append((item[0], pool.submit(prepare, item[1])))
+                while under_way < ahead + batch and (group := list(islice(source, batch))):
+                    queue.append(([key for key, _ in group], pool.submit(work, [frame for _, frame in group])))
+                    under_way += len(group)
                 if not queue:
                     return
-                yield from results([queue.popleft() for _ in range(min(batch, len(queue)))])
+                keys, future = queue.popleft()
+                for key, found in zip(keys, future.result(), strict=True):
+                    under_way -= 1
+                    yield key, found
         finally:
             for _, future in queue:
                 future.cancel()

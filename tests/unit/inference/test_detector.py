@@ -87,16 +87,30 @@ def test_neighbouring_cells_of_one_object_become_one_box(tmp_path: Path) -> None
         assert len(detector.detect([image])[0]) == 2
 
 
-def test_the_tensor_is_what_the_card_describes(tmp_path: Path) -> None:
-    """An affine check of scale, mean, std, colour order and layout, worked out by hand."""
+def test_what_is_prepared_is_a_canvas_of_pixels_whatever_the_card_describes(tmp_path: Path) -> None:
     spec = InputSpec((32, 32), layout="NCHW", dtype="float32", colour="BGR", scale=0.5, mean=(1, 2, 3), std=(2, 4, 8))
     card = replace(graphs.red_finder(tmp_path), input=spec)
     tensor = Detector(card, tmp_path, open_graph).prepare(picture(32, 32, ((0, 0, 32, 32), (10, 20, 40)))).tensor
-    assert tensor.shape == (3, 32, 32) and tensor.dtype == np.float32
-    # Blue (40 * 0.5 - 1) / 2, green (20 * 0.5 - 2) / 4, red (10 * 0.5 - 3) / 8.
-    np.testing.assert_allclose(tensor[:, 5, 5], [9.5, 2.0, 0.25])
+    assert tensor.shape == (32, 32, 3) and tensor.dtype == np.uint8 and tensor[5, 5].tolist() == [10, 20, 40]
     with pytest.raises(Invalid, match="uint8"):
         Detector(replace(card, input=replace(spec, dtype="uint8")), tmp_path, open_graph)
+
+
+def test_a_backend_that_is_given_a_graph_in_memory_names_its_file(tmp_path: Path) -> None:
+    spec = InputSpec((64, 64), layout="NHWC", dtype="float32")
+    graphs.save(tmp_path / "odd.onnx", [helper.make_node("Conjure", ["images"], ["y"])],
+                {"images": ([1, 64, 64, 3], "float32")}, ["y"], {})
+    card = replace(graphs.red_finder(tmp_path), input=spec, files={"odd.onnx": file_record(tmp_path / "odd.onnx")})
+    with pytest.raises(Invalid, match=str(tmp_path / "odd.onnx")), Detector(card, tmp_path, open_graph):
+        pass
+
+
+def test_a_checkpoint_renamed_to_onnx_is_refused_and_named(tmp_path: Path) -> None:
+    import pickle
+    (tmp_path / "model.onnx").write_bytes(pickle.dumps({"state_dict": [1.0] * 100}))
+    card = replace(graphs.red_finder(tmp_path / "finder"), files={"model.onnx": file_record(tmp_path / "model.onnx")})
+    with pytest.raises(Invalid, match="model.onnx is not an ONNX graph"), Detector(card, tmp_path, open_graph):
+        pass
 
 
 def test_a_swapped_file_is_never_opened(tmp_path: Path) -> None:

@@ -86,3 +86,18 @@ def test_a_wrong_padding_or_size_is_refused() -> None:
         letterbox(grey(4, 4), (64, 64), padding="left")
     with pytest.raises(Invalid, match="positive"):
         letterbox(grey(4, 4), (0, 64))
+
+
+@pytest.mark.parametrize("padding", ["topleft", "centre", "stretch"])
+def test_a_reduced_image_lies_where_the_whole_one_would(padding: str) -> None:
+    whole, reduced = grey(1281, 721), grey(641, 361)
+    canvas, box = letterbox(whole, (320, 256), padding)
+    smaller, same = letterbox(reduced, (320, 256), padding, image_size=(1281, 721))
+    assert same == box and (smaller == canvas).all()
+
+
+def test_the_canvas_is_never_the_image_itself() -> None:
+    image = grey(64, 64)
+    canvas, _ = letterbox(image, (64, 64))
+    canvas[:] = 0
+    assert (image == 200).all()

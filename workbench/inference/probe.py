@@ -1,0 +1,133 @@
+"""Which batch and how many streams make a model fastest on a device: measured for three seconds, then remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workbench.errors import WorkbenchError
+from workbench.inference.detector import Detector
+from workbench.model import ModelCard
+
+# Combinations measured at most; each gets its share of the time.
+MOST = 6
+BATCHES = (4, 16)
+# A larger batch or fewer streams must be so much faster to be worth it: below, it is the noise of a short measurement.
+GAIN = 1.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model runs fastest here: batch images a run, streams runs at once, measured images_per_s of the bare graph.
+
+    streams 0 leaves the choice to the backend.
+    """
+
+    batch: int = 1
+    streams: int = 0
+    images_per_s: float = 0.0
+
+    def opening(self, open_backend: Callable[..., Any]) -> Callable[..., Any]:
+        """`open_backend` with this plan; it must take `streams` and `batch` by name."""
+        return partial(open_backend, streams=self.streams, batch=self.batch)
+
+
+def plan_for(card: ModelCard, folder: Path, open_backend: Callable[..., Any], memory: Path, *, seconds: float = 3.0,
+             cores: int = 0) -> Plan:
+    """The remembered plan of this file, backend, device, library and number of cores, else a measured one.
+
+    open_backend  gives the Backend of a graph; takes `streams` and `batch` by name
+    memory        a JSON file of plans; one that is damaged is written anew
+    seconds       for all measurements together, opening not counted
+    cores         0: all of this machine
+
+    A combination that cannot be opened or run is left out. Raises what Detector raises when the model cannot be opened
+    at all.
+    """
+    cores = cores or os.cpu_count() or 1
+    with Detector(card, folder, open_backend) as detector:
+        report, first = detector.report, detector.streams
+        key = "/".join((card.files[card.onnx]["sha256"], report.backend, report.device, report.library,
+                        report.precision, f"{cores} cores"))
+        known = _remembered(memory).get(key)
+        if known is not None:
+            return known
+        best = Plan(1, first, _images_per_s(detector, 1, seconds / MOST))
+    for streams in sorted({cores, cores // 2, 2, 1} - {first, 0}, reverse=True)[:MOST - 1 - len(BATCHES)]:
+        best = _better(best, _measured(card, folder, open_backend, 1, streams, seconds / MOST))
+    for batch in BATCHES:
+        tried = _measured(card, folder, open_backend, batch, best.streams, seconds / MOST)
+        if _better(best, tried) is best:
+            break
+        best = tried
+    _remember(memory, key, best)
+    return best
+
+
+def _measured(card: ModelCard, folder: Path, open_backend: Callable[..., Any], batch: int, streams: int,
+              seconds: float) -> Plan | None:
+    try:
+        with Detector(card, folder, Plan(batch, streams).opening(open_backend), batch=batch) as detector:
+            if batch > 1 and not detector.batch_is_dynamic:
+                return None
+            return Plan(batch, detector.streams, _images_per_s(detector, batch, seconds))
+    except WorkbenchError:
+        return None
+
+
+def _better(one: Plan, other: Plan | None) -> Plan:
+    return other if other is not None and other.images_per_s > GAIN * one.images_per_s else one
+
+
+def _images_per_s(detector: Detector, batch: int, seconds: float) -> float:
+    width, height = detector.card.input.size
+    canvases = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
+    detector.outputs(canvases)  # the first run sets memory aside
+    runs, errors = [0] * detector.streams, []
+    started = time.perf_counter()
+
+    def work(stream: int) -> None:
+        try:
+            while not runs[stream] or time.perf_counter() < started + seconds:
+                detector.outputs(canvases)
+                runs[stream] += 1
+        except WorkbenchError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(stream,)) for stream in range(detector.streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return round(sum(runs) * batch / (time.perf_counter() - started), 2)
+
+
+def _remembered(memory: Path) -> dict[str, Plan]:
+    try:
+        plans = {key: Plan(**record) for key, record in json.loads(memory.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # not there yet, or damaged: it holds nothing that cannot be measured again
+    return {key: plan for key, plan in plans.items()
+            if all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= 4096
+                   for side in (plan.batch, plan.streams))}
+
+
+def _remember(memory: Path, key: str, plan: Plan) -> None:
+    plans = {**_remembered(memory), key: plan}
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    handle, half = tempfile.mkstemp(dir=memory.parent, prefix=".half-")
+    with os.fdopen(handle, "w") as file:
+        json.dump({key: asdict(one) for key, one in plans.items()}, file, indent=1)
+    os.replace(half, memory)
