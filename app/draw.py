@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,7 @@ from workbench.annotation import Annotation
 from workbench.blobs import Blobs
 from workbench.dataset import Frame
 from workbench.errors import WorkbenchError
+from workbench.evaluation.matching import box_of
 
 # Twenty colours that stay apart on photographs, the first ones the most: Sasha Trubetskoy's list of distinct colours.
 PALETTE = (
@@ -75,34 +77,49 @@ def draw(
         canvas = canvas.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=12 if canvas.width >= 320 else 10)
-    texts = []
+    texts, tags = [], []
     for annotation in annotations:
         colour = colour_of(annotation.label, labels)
-        if annotation.xyxy is not None:
-            box = tuple(value * scale for value in annotation.xyxy)
-            if annotation.is_machine:
-                _dashed(pen, box, colour)
-            else:
-                pen.rectangle(box, outline=colour, width=2)
-            texts.append((box, annotation, colour))
+        around = box_of(annotation)
+        if around is None:
+            if annotation.mask is None:
+                tags.append((annotation, colour))
+            continue
+        box = tuple(value * scale for value in around)
         if annotation.polygon is not None:
             points = [(x * scale, y * scale) for x, y in annotation.polygon]
-            pen.line(points + points[:1], fill=colour, width=2)
+            (_dashed if annotation.is_machine else _solid)(pen, points, colour)
+        elif annotation.is_machine:
+            _dashed(pen, [(box[0], box[1]), (box[2], box[1]), (box[2], box[3]), (box[0], box[3])], colour)
+        else:
+            pen.rectangle(box, outline=colour, width=2)
+        texts.append((box, annotation, colour))
+    # Tags are about the whole frame: one below the other in its corner.
+    for line, (annotation, colour) in enumerate(tags):
+        top = line * (font.size + 5) + font.size + 3
+        _chip(pen, canvas.size, (0, top, canvas.width, top), annotation, colour, font)
     for box, annotation, colour in texts:
         _chip(pen, canvas.size, box, annotation, colour, font)
     return canvas
 
 
-def _dashed(pen: ImageDraw.ImageDraw, box: tuple[float, ...], colour: str) -> None:
-    x1, y1, x2, y2 = box
-    for start in range(int(x1), int(x2) + 1, 2 * DASH):
-        end = min(start + DASH, x2)
-        pen.line((start, y1, end, y1), fill=colour, width=2)
-        pen.line((start, y2, end, y2), fill=colour, width=2)
-    for start in range(int(y1), int(y2) + 1, 2 * DASH):
-        end = min(start + DASH, y2)
-        pen.line((x1, start, x1, end), fill=colour, width=2)
-        pen.line((x2, start, x2, end), fill=colour, width=2)
+def _solid(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str) -> None:
+    pen.line([*points, points[0]], fill=colour, width=2)
+
+
+def _dashed(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """A closed outline in dashes of DASH pixels that go on around its corners."""
+    gone = 0.0
+    for (x1, y1), (x2, y2) in zip(points, [*points[1:], points[0]]):
+        length = math.hypot(x2 - x1, y2 - y1)
+        at = 0.0
+        while at < length:
+            step = min(max(DASH - gone % DASH, 0.5), length - at)
+            if int(gone // DASH) % 2 == 0:
+                start, end = at / length, (at + step) / length
+                pen.line((x1 + (x2 - x1) * start, y1 + (y2 - y1) * start, x1 + (x2 - x1) * end, y1 + (y2 - y1) * end),
+                         fill=colour, width=2)
+            at, gone = at + step, gone + step
 
 
 def _chip(

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
-from app import session
+from app import certificate, session
 from workbench.errors import Invalid, WorkbenchError
 from workbench.inference.detector import check_card
-from workbench.inference.known import COCO_80, card_for_nanodet, card_for_yolox
+from workbench.inference.graph import file_record
+from workbench.inference.known import KNOWN, card_for
 from workbench.model import ModelCard
 from workbench.steps.deploy import champion_of
 
-FAMILIES = {"YOLOX": card_for_yolox, "NanoDet-Plus": card_for_nanodet}
 CARD = "Another: with its card.json"
 COCO_LABELS = "the 80 categories of COCO"
+DRAWS = {"boxes": "boxes", "polygons": "polygons", "tags": "tags for the whole frame"}
+PICTURES = ["jpg", "jpeg", "png"]
 
 
 def cards() -> dict[str, ModelCard]:
@@ -26,17 +29,21 @@ def cards() -> dict[str, ModelCard]:
     store, found = session.workbench().models, {}
     for ref in store.refs():
         with session.explained():
-            found[ref] = store.card(ref)
+            card = store.card(ref)
+            certificate.is_int8(card)  # reads its graph, once
+            found[ref] = card
     return found
 
 
-def marks(ref: str, dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> list[str]:
+def marks(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> list[str]:
     """What this model is for the data set: champion and deployed by our ledger, the rest by the tracker's aliases."""
-    said = []
+    ref, said = card.ref, []
     if dataset and champion_of(dataset, session.workbench().records) == ref:
         said.append("champion")
     if dataset and session.workbench().records.deployed(dataset) == ref:
         said.append("deployed")
+    if certificate.is_int8(card):
+        said.append("INT8")
     return said + [alias for alias in aliases.get(ref, ()) if alias not in ("champion", "deployed")]
 
 
@@ -50,7 +57,7 @@ def aliases_of(found: dict[str, ModelCard]) -> dict[str, tuple[str, ...]]:
 
 def best_first(found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> list[str]:
     """References: the deployed one, the champion, then by name, newest first."""
-    said = {ref: marks(ref, dataset, aliases) for ref in found}
+    said = {ref: marks(card, dataset, aliases) for ref, card in found.items()}
     return sorted(
         found,
         key=lambda ref: ("deployed" not in said[ref], "champion" not in said[ref], found[ref].name, _descending(ref)),
@@ -64,7 +71,8 @@ def table(
         [
             {
                 "model": ref,
-                "is": marks(ref, dataset, aliases),
+                "is": marks(found[ref], dataset, aliases),
+                "draws": found[ref].task,
                 "mAP@[.5:.95]": found[ref].metrics.get("map_50_95"),
                 "mAP50": found[ref].metrics.get("map_50"),
                 "measured on": str(found[ref].metrics.get("on", "")),
@@ -78,7 +86,7 @@ def table(
         hide_index=True,
         placeholder="–",
         column_config={
-            "is": st.column_config.ListColumn(),
+            "is": st.column_config.ListColumn(width="medium"),
             "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
             "mAP50": st.column_config.NumberColumn(format="%.3f"),
             "MB": st.column_config.NumberColumn(format="%.1f"),
@@ -87,13 +95,13 @@ def table(
 
 
 def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, ...]]) -> None:
-    wb = session.workbench()
+    wb, standing = session.workbench(), certificate.standing(card)
     with st.container(border=True):
         head, action = st.columns([3, 2], vertical_alignment="center")
         with head, st.container(horizontal=True, vertical_alignment="center"):
             st.markdown(f"**{session.literal(card.ref)}**", width="content")
-            for mark in marks(card.ref, dataset, aliases):
-                st.badge(mark, color={"deployed": "green", "champion": "orange"}.get(mark, "gray"))
+            for mark in marks(card, dataset, aliases):
+                st.badge(mark, color={"deployed": "green", "champion": "orange", "INT8": "violet"}.get(mark, "gray"))
         with action, st.container(horizontal=True, horizontal_alignment="right"):
             if card.run_id and aliases:
                 st.link_button("Open in MLflow", wb.tracker.run_url(card.run_id), icon=":material/open_in_new:")
@@ -103,12 +111,17 @@ def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, .
                     type="primary",
                     icon=":material/rocket_launch:",
                     key="deploy_model",
-                    help="The next annotate job of this data set offers it first.",
+                    disabled=bool(standing.why_not),
+                    help="An INT8 version may annotate only with a certificate from this machine."
+                    if standing.why_not
+                    else "The next annotate job of this data set offers it first.",
                 ):
                     if session.submit("deploy", {"dataset": dataset, "model": card.ref}):
                         st.rerun()
         if card.description:
             st.markdown(session.literal(card.description))
+        with session.explained():
+            precision(card, standing, dataset)
         spec = card.input
         left, right = st.columns(2)
         left.dataframe(
@@ -118,6 +131,7 @@ def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, .
                     ("input", f"{spec.size[0]} × {spec.size[1]}, {spec.layout} {spec.dtype}, {spec.colour}"),
                     ("padding", f"{spec.padding}, grey {spec.pad}"),
                     ("decoder", card.decoder["name"]),
+                    ("draws", DRAWS[card.task]),
                     ("confidence, IoU", f"{card.decoder.get('confidence', '–')}, {card.decoder.get('iou', '–')}"),
                     ("licence", card.licence or "not said"),
                     ("trained on", card.trained_on.get("ref", "not said")),
@@ -133,35 +147,102 @@ def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, .
             st.json(card.to_json(), expanded=1)
 
 
+def precision(card: ModelCard, standing: certificate.Standing, dataset: str | None) -> None:
+    """INT8: the certificate and a new measurement of it; FP32: how to make an INT8 version."""
+    is_int8 = standing.is_int8
+    kind = "certify" if is_int8 else "quantize"
+    if is_int8:
+        certificate.show(standing)
+    made = f"{card.ref}-int8"
+    if not is_int8 and made in session.workbench().models.refs():
+        st.caption(
+            f":material/bolt: Its INT8 version is {session.literal(made)}: choose it above to see its certificate."
+        )
+    elif card.task == "tags":
+        return
+    elif dataset is None:
+        st.caption("An INT8 version is made and measured on labelled frames: upload a data set first.")
+    else:
+        title = "Certify on this machine" if is_int8 else "Make an INT8 version"
+        with st.expander(title, icon=":material/bolt:"):
+            ask(card, dataset, kind, title)
+    job = session.watched(kind, dataset)
+    if job and job.args.get("model") == card.ref and (job.state != "done" or not is_int8):
+        session.job_panel(job)
+
+
+def ask(card: ModelCard, dataset: str, kind: str, title: str) -> None:
+    st.caption(
+        "Runs FP32 and INT8 in turns over labelled frames the model did not learn from: how much accuracy INT8 costs and "
+        "how much faster it is, on this machine."
+        if kind == "certify"
+        else "Whole numbers instead of fractions: usually about twice as fast on this machine, at a small cost in "
+        "accuracy that is measured on held-out frames. Only a version that passes is registered; FP32 stays as it is."
+    )
+    left, right = st.columns(2)
+    with left:
+        version = session.version_picker(dataset, "Data set version", name=f"version_{kind}")
+    if version is None:
+        session.empty("No version is published yet.", "versions", "Publish one", "sell")
+        return
+    split = right.selectbox(
+        "Held-out split",
+        ["test", "val"],
+        key=f"split_{kind}",
+        help="Its labelled frames measure; the other frames choose the ranges.",
+    )
+    if st.button(title, type="primary", icon=":material/bolt:", key=f"{kind}_go"):
+        if session.submit(kind, {"model": card.ref, "version": version, "split": split, "dataset": dataset}):
+            st.rerun()
+
+
 def register() -> None:
     """An ONNX file of a known family, or with its card, is checked by running it, then registered."""
-    family = st.segmented_control("Family", [*FAMILIES, CARD], default="YOLOX", required=True, key="register_family")
+    family = st.selectbox(
+        "Family",
+        [*KNOWN, CARD],
+        format_func=lambda name: KNOWN[name].title if name in KNOWN else name,
+        key="register_family",
+    )
+    known = KNOWN.get(family)
+    st.caption(
+        "The card says everything: decoder, input, labels. See docs/adopting.md." if known is None else known.how
+    )
     left, right = st.columns(2, gap="large")
     with left:
         files = st.file_uploader(
             "The .onnx file (and its .onnx.data or weights.pt, if it has them)",
-            type=["onnx", "data", "pt"],
+            type=["onnx", "data", "pt", *(PICTURES if known is None else [])],
             accept_multiple_files=True,
             key="register_files",
         )
-        if family == CARD:
+        if known is None:
             card_file = st.file_uploader("card.json", type=["json"], key="register_card", help="See docs/adopting.md.")
         else:
-            st.caption(
-                "YOLOX as tools/export_onnx.py writes it, without --decode_in_inference."
-                if family == "YOLOX"
-                else "NanoDet-Plus as tools/export_onnx.py writes it."
+            picture = st.file_uploader(
+                "A picture it must understand (optional)",
+                type=PICTURES,
+                key="register_sample",
+                help="Registered only when the model finds on it what you say. A decoder that fits the shapes but not "
+                "the weights, or labels in the wrong order, show here.",
+            )
+            seen = st.text_input(
+                "What is on it",
+                placeholder="person, car",
+                key="register_seen",
+                disabled=picture is None,
+                help="Labels of the model, with commas between them.",
             )
     with right:
-        if family != CARD:
+        if known is not None:
             name = st.text_input("Name", placeholder="traffic-yolox", max_chars=63, key="register_name")
             version = st.text_input("Version", value="1", max_chars=63, key="register_version")
-            licence = st.text_input("Licence", value="Apache-2.0", max_chars=60, key="register_licence")
+            licence = st.text_input("Licence", value=known.licence, max_chars=60, key=f"register_licence_{family}")
             labels = st.text_area(
                 "Labels, one a line, in the order of their class_id",
-                placeholder=COCO_LABELS,
+                placeholder=COCO_LABELS if known.labels else "",
                 height=110,
-                help=f"Left empty: {COCO_LABELS}.",
+                help=f"Left empty: {COCO_LABELS}." if known.labels else None,
                 key="register_labels",
             )
             size = st.number_input(
@@ -181,27 +262,43 @@ def register() -> None:
             folder = Path(temporary)
             for file in files:
                 (folder / _plain_name(file.name)).write_bytes(file.getbuffer())
-            if family == CARD:
+            if known is None:
                 card = _read_card(card_file)
             else:
                 onnx = [folder / file.name for file in files if file.name.endswith(".onnx")]
                 if len(onnx) != 1:
                     raise Invalid(f"Exactly one .onnx file is needed, got {len(onnx)}.")
-                given = tuple(line.strip() for line in labels.splitlines() if line.strip())
-                card = FAMILIES[family](
+                card = card_for(
+                    family,
                     onnx[0],
                     name.strip(),
                     version.strip(),
-                    labels=given or COCO_80,
+                    labels=tuple(line.strip() for line in labels.splitlines() if line.strip()),
                     licence=licence.strip(),
                     size=(int(size), int(size)) if size else None,
                 )
+                card = _with_sample(card, folder, picture, seen)
             report = check_card(card, folder, session.workbench().open_backend)
             session.workbench().models.register(card, folder)
         st.session_state["registered"] = (
             f"{card.ref} is registered; it runs on {report['backend']} ({report['precision']})."
         )
         st.rerun()
+
+
+def _with_sample(card: ModelCard, folder: Path, picture: Any, seen: str) -> ModelCard:
+    if picture is None:
+        return card
+    labels = [label.strip() for label in seen.split(",") if label.strip()]
+    if not labels:
+        raise Invalid(f"Say what is on {picture.name}: labels of the model, with commas between them.")
+    file = folder / f"sample{Path(picture.name).suffix.lower()}"
+    file.write_bytes(picture.getbuffer())
+    return replace(
+        card,
+        files={**card.files, file.name: file_record(file)},
+        sample={"file": file.name, "expect": [{"label": label} for label in labels]},
+    )
 
 
 def _plain_name(name: str) -> str:
@@ -227,7 +324,7 @@ def _descending(ref: str) -> int:
 
 
 dataset = session.header(
-    "Models", "Detectors that can annotate: your own students, and any YOLOX or NanoDet you bring."
+    "Models", "What can annotate: your own students, and detectors, mask models and classifiers you bring."
 )
 if said := st.session_state.pop("registered", None):
     st.success(session.literal(said), icon=":material/verified:")
