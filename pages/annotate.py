@@ -7,21 +7,31 @@ from typing import Any
 
 import streamlit as st
 
-from app import draw, session, times
+from app import certificate, draw, session, times
 from workbench.annotation import Annotation
 from workbench.errors import WorkbenchError
-from workbench.inference.detector import Detector
 from workbench.inference.pipeline import detect_frames
+from workbench.inference.tiling import Tiling
 from workbench.model import ModelCard
 from workbench.ports import TaskSummary
 from workbench.records import Entry
-from workbench.steps.annotate import preview_labels
+from workbench.steps.annotate import drawing, preview_labels, tiles
+from workbench.steps.certify import open_annotator
 from workbench.steps.deploy import Offer, offers
 from workbench.taxonomy import LabelMap, Taxonomy
 
 NOWHERE = "leave out"
+THING = {"boxes": "box", "polygons": "polygon", "tags": "tag"}
 FRAMES = {"new: nobody looked at them": ("new",), "all that are not reviewed": ("new", "annotated")}
 PREVIEWED = 3
+# How a frame is looked at -> side of a piece, in sides of the model's input; 0: only the whole.
+PIECES = {"off": 0, "in pieces": 2, "in small pieces": 1}
+OVERLAP = 0.2
+DRAWS = {
+    "boxes": "It draws boxes.",
+    "polygons": "It draws polygons around what it finds; evaluation scores the boxes around them.",
+    "tags": "It sets tags on whole frames and draws no boxes; evaluation does not score tags.",
+}
 RUNS_SHOWN = 20
 
 
@@ -35,6 +45,8 @@ class Choice:
     statuses: tuple[str, ...]
     renames: dict[str, str]
     labels: LabelMap
+    tiling: dict[str, Any] | None = None
+    why_not: str = ""
 
 
 def choose(dataset: str, task: TaskSummary) -> Choice | None:
@@ -46,7 +58,7 @@ def choose(dataset: str, task: TaskSummary) -> Choice | None:
     shown |= {ref: f"{ref} · shares no label" for ref in wb.models.refs() if ref not in shown}
     if not shown:
         session.empty(
-            "No model is registered yet: train a student on the labelled frames, or register a YOLOX or NanoDet.",
+            "No model is registered yet: train a student on the labelled frames, or register one of your own.",
             "models",
             "Register a model",
             "deployed_code",
@@ -57,12 +69,17 @@ def choose(dataset: str, task: TaskSummary) -> Choice | None:
     with left:
         model = session.model_picker(list(shown), about=shown)
         card = wb.models.card(model)
+        standing = certificate.standing(card)
+        if standing.is_int8:
+            may_not(standing, card)
+        if card.task != "boxes":
+            st.caption(DRAWS[card.task])
         counts = {name: sum(task.by_status.get(status, 0) for status in statuses) for name, statuses in FRAMES.items()}
         which = st.radio(
             "Frames", list(FRAMES), format_func=lambda name: f"{name} ({counts[name]})", key="annotate_frames"
         )
         confidence = st.slider(
-            "Least confidence of a box",
+            f"Least confidence of a {THING[card.task]}",
             0.05,
             0.95,
             float(card.decoder.get("confidence", 0.3)),
@@ -75,10 +92,56 @@ def choose(dataset: str, task: TaskSummary) -> Choice | None:
                 "The model brings a threshold per label; the slider's value replaces them when it is moved: "
                 + session.literal(", ".join(f"{label} {value:.2f}" for label, value in by_label.items()))
             )
+        tiling = pieces(dataset, card, FRAMES[which])
     with right:
         renames = mapping(card, taxonomy)
         labels = preview_labels(card, taxonomy, renames)
-    return Choice(model, card, confidence, FRAMES[which], renames, labels)
+    return Choice(model, card, confidence, FRAMES[which], renames, labels, tiling, standing.why_not)
+
+
+def may_not(standing: certificate.Standing, card: ModelCard) -> None:
+    """What an INT8 version says of itself: how it compares, or why it may not annotate here and what to do."""
+    if not standing.why_not:
+        found = standing.certificate
+        st.markdown(
+            f":violet-badge[INT8] :green-badge[certified here] {found['speedup']:.1f} × as fast as FP32, "
+            f"mAP {-found['map_loss']:+.4f}"
+        )
+        return
+    st.warning(session.literal(standing.why_not), icon=":material/lock:")
+    session.link("models", "See its certificate, or certify it here", "verified")
+
+
+def pieces(dataset: str, card: ModelCard, statuses: tuple[str, ...]) -> dict[str, Any] | None:
+    """Whether large frames are also looked at piece by piece, and what that costs."""
+    if card.task != "boxes":
+        return None
+    side = max(card.input.size)
+    how = st.segmented_control(
+        "Small objects in large frames",
+        list(PIECES),
+        default="off",
+        required=True,
+        key="annotate_pieces",
+        help=f"The model sees a frame shrunk to {side} px, so small things can vanish. In pieces it also looks at "
+        "overlapping parts of the frame, each at a larger size, and joins what lies on their borders. Every piece takes "
+        "as long as a frame.",
+    )
+    if not PIECES[how]:
+        return None
+    tiling = {"size": PIECES[how] * side, "overlap": OVERLAP}
+    server = session.workbench().server
+    frames = server.read(dataset, [name for status in statuses for name in server.frame_names(dataset, status)[:1]])
+    for one in list(frames.values())[:1]:
+        width, height = one.frame.width, one.frame.height
+        count = len(Tiling(**tiling).tiles(width, height))
+        st.caption(
+            f"A frame of {width} × {height} px fits into one piece of {tiling['size']} px: nothing changes for it."
+            if count == 1
+            else f"A frame of {width} × {height} px is looked at whole and in {count} pieces of {tiling['size']} px: "
+            f"about {count + 1} times the work."
+        )
+    return tiling
 
 
 def about(offer: Offer, taxonomy: Taxonomy) -> str:
@@ -95,10 +158,12 @@ def mapping(card: ModelCard, taxonomy: Taxonomy) -> dict[str, str]:
         return {}
     by_name = card.labels.map_to(taxonomy)
     if by_name.unmatched or by_name.unreached:
-        lost = f"{len(by_name.unmatched)} of the model's labels are not in the data set" if by_name.unmatched else ""
+        count = len(by_name.unmatched)
+        lost = f"{count} of the model's labels {'is' if count == 1 else 'are'} not in the data set" if count else ""
         never = f"by name, nothing draws {', '.join(by_name.unreached[:8])}" if by_name.unreached else ""
+        said = "; ".join(part for part in (lost, never) if part) + "."
         st.warning(
-            session.literal("; ".join(part for part in (lost, never) if part).capitalize() + ".")
+            session.literal(said[0].upper() + said[1:])
             + (" Map them where they mean the same; the rest is left out." if by_name.unmatched else ""),
             icon=":material/rule:",
         )
@@ -133,32 +198,42 @@ def preview(dataset: str, choice: Choice) -> None:
     labels, pictures = wb.server.task(dataset).labels or choice.card.labels.labels, []
     with (
         st.spinner("Running the model …"),
-        Detector(choice.card, wb.models.folder(choice.model), wb.open_backend, **thresholds(choice)) as detector,
+        open_annotator(
+            choice.model,
+            models=wb.models,
+            open_backend=wb.open_backend,
+            certificates=wb.certificates,
+            **thresholds(choice),
+        ) as detector,
     ):
         for frame, found in detect_frames(
-            detector, ((frame, frame) for frame in frames), lambda one: wb.blobs.get(one.blob)
+            detector,
+            ((frame, frame) for frame in frames),
+            lambda one: wb.blobs.get(one.blob),
+            tiling=tiles(choice.card, choice.tiling),
         ):
             if isinstance(found, WorkbenchError):
                 session.error(found)
                 continue
             drawn = []
-            for xyxy, class_id, confidence in zip(found.xyxy, found.class_id, found.confidence):
+            for index, (class_id, confidence) in enumerate(zip(found.class_id, found.confidence)):
                 label = choice.labels(choice.card.labels.labels[class_id])
                 if label is not None:
                     drawn.append(
                         Annotation(
                             label,
-                            tuple(map(float, xyxy)),
+                            **drawing(choice.card, found, index),
                             source=choice.card.source,
                             confidence=min(1.0, float(confidence)),
                         )
                     )
             left_out = len(found) - len(drawn)
+            thing = THING[choice.card.task] if len(drawn) == 1 else choice.card.task
             pictures.append(
                 draw.Picture(
                     frame.blob,
                     tuple(drawn),
-                    f"{frame.name} · {len(drawn)} boxes" + (f", {left_out} left out" if left_out else ""),
+                    f"{frame.name} · {len(drawn)} {thing}" + (f", {left_out} left out" if left_out else ""),
                 )
             )
     draw.gallery(pictures, labels, PREVIEWED)
@@ -186,7 +261,11 @@ def history(dataset: str, entries: list[Entry]) -> None:
         st.caption("No model has drawn on this data set yet.")
     for run_id, facts in list(runs.items())[:RUNS_SHOWN]:
         with st.container(border=True, horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-            counted = ", ".join(f"{facts[name]} {name}" for name in ("frames", "boxes", "failed") if facts.get(name))
+            counted = ", ".join(
+                f"{facts[name]} {facts.get('task', name) if name == 'boxes' else name}"
+                for name in ("frames", "boxes", "failed")
+                if facts.get(name)
+            )
             skipped = ", ".join(f"{count} {reason}" for reason, count in (facts.get("skipped") or {}).items())
             st.markdown(
                 f"**{session.literal(str(facts.get('model', '')))}** · {counted or 'unfinished'}"
@@ -217,7 +296,7 @@ def page(dataset: str) -> None:
             is_previewed = st.button(
                 f"Preview on {PREVIEWED} frames",
                 icon=":material/visibility:",
-                disabled=not count,
+                disabled=not count or bool(choice.why_not),
                 key="annotate_preview",
             )
             is_busy = job is not None and not job.is_over
@@ -226,7 +305,7 @@ def page(dataset: str) -> None:
                 type="primary",
                 icon=":material/auto_awesome:",
                 key="annotate_go",
-                disabled=not count or is_busy or not choice.labels.pairs,
+                disabled=not count or is_busy or not choice.labels.pairs or bool(choice.why_not),
             ):
                 arguments = {
                     "dataset": dataset,
@@ -236,6 +315,8 @@ def page(dataset: str) -> None:
                 }
                 if "confidence" in thresholds(choice):
                     arguments["confidence"] = choice.confidence
+                if choice.tiling:
+                    arguments["tiling"] = choice.tiling
                 if session.submit("annotate", arguments):
                     st.rerun()
         if not count:
@@ -253,9 +334,7 @@ def page(dataset: str) -> None:
     history(dataset, wb.records.entries("machine_runs", dataset))
 
 
-dataset = session.header(
-    "Annotate", "A model draws the first boxes. What a person drew, touched or accepted is never changed."
-)
+dataset = session.header("Annotate", "A model draws first. What a person drew, touched or accepted is never changed.")
 if dataset is None:
     session.empty("No data set yet.", "upload", "Upload frames", "upload")
 else:

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from workbench.annotation import DECIMALS, Annotation, machine_annotation_id
 from workbench.blobs import Blobs
 from workbench.boxes import Detections
+from workbench.certificates import Certificates
 from workbench.dataset import Frame
 from workbench.errors import Conflict, Invalid, WorkbenchError
-from workbench.inference.detector import Detector, OpenBackend
+from workbench.inference.detector import OpenBackend
 from workbench.inference.pipeline import detect_frames
+from workbench.inference.probe import Plan
+from workbench.inference.tiling import Tiling
 from workbench.model import ModelCard
 from workbench.ports import AnnotationServer, Job, ModelStore
 from workbench.records import Records
 from workbench.run import WorkingFrame, propose, undo
+from workbench.steps.quantize import open_annotator
 from workbench.taxonomy import LabelMap, Taxonomy
 
 # Frames read at once when only their runs and pixels' names are looked up: about a second's work for the server.
 READ = 200
+# From so many waiting frames on the seconds that measuring a plan takes pay off.
+MANY = 200
 
 
 @dataclass(frozen=True)
 class AnnotateReport:
     """What a run drew; counts cover the whole run, also what earlier attempts of it did, unless they say otherwise.
 
+    task        what the model draws: "boxes", "polygons" or "tags"
     frames      frames the run wrote to (those without a box too)
-    boxes       boxes it drew, by_label each label's part
+    boxes       boxes, polygons or tags it drew, by_label each label's part
     failed      frames whose pixels could not be read
     skipped     reason -> frames left alone: "reviewed", "held by <who>", "changed meanwhile"
     left_out    model label that the data set lacks -> boxes not drawn, of this attempt
@@ -51,6 +59,7 @@ class AnnotateReport:
     detected: int = 0
     seconds: float = 0.0
     images_per_s: float = 0.0
+    task: str = "boxes"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "unmatched_labels": list(self.unmatched_labels)}
@@ -78,28 +87,61 @@ def preview_labels(card: ModelCard, taxonomy: Taxonomy, renames: dict[str, str] 
     return card.labels.map_to(taxonomy if len(taxonomy) else card.labels, renames)
 
 
+def tiles(card: ModelCard, tiling: dict[str, Any] | None) -> Tiling | None:
+    """The tiling a run was asked for. Raises Invalid for one that makes no sense or does not go with the model."""
+    if not tiling:
+        return None
+    strange = sorted(set(tiling) - {"size", "overlap", "whole"})
+    if strange or "size" not in tiling:
+        raise Invalid(f"Tiling takes size, overlap and whole, got {', '.join(map(str, tiling))}. Give its size.")
+    if card.task != "boxes":
+        raise Invalid(f"{card.ref} draws {card.task}; only models that draw boxes can look at tiles. Leave tiling off.")
+    return Tiling(**tiling)
+
+
+def drawing(card: ModelCard, found: Detections, index: int) -> dict[str, Any]:
+    """The geometry of one detection as fields of Annotation, rounded as it is published: a box, a polygon with its box,
+    or nothing for a tag, which is about the whole frame."""
+    if card.task == "tags":
+        return {}
+    shape: dict[str, Any] = {"xyxy": tuple(round(float(value), DECIMALS) for value in found.xyxy[index])}
+    if found.polygons is not None:
+        corners = found.polygons[index]
+        shape["polygon"] = tuple((round(float(x), DECIMALS), round(float(y), DECIMALS)) for x, y in corners)
+    return shape
+
+
 def annotate(dataset: str, model: str, *, run_id: str, server: AnnotationServer, models: ModelStore, blobs: Blobs,
-             records: Records, open_backend: OpenBackend, job: Job, statuses: Sequence[str] = ("new",),
-             confidence: float | None = None, renames: dict[str, str] | None = None, batch: int = 16) -> AnnotateReport:
+             records: Records, open_backend: OpenBackend, certificates: Certificates, job: Job,
+             statuses: Sequence[str] = ("new",), confidence: float | None = None,
+             renames: dict[str, str] | None = None, tiling: dict[str, Any] | None = None, batch: int = 0,
+             plan_for: Callable[[ModelCard, Path], Plan] | None = None) -> AnnotateReport:
     """Runs a model over the frames of the given statuses and writes what it proposes.
 
     run_id      names this run: repeating it goes on where it stopped and draws every box once, with the same ids
     statuses    of "new" and "annotated"; reviewed frames are never touched
     confidence  least confidence of a box, for all labels; None: as the model's card says
     renames     model label -> data set label, where the names differ
-    batch       frames written at once: what a kill costs at most
+    tiling      {"size", "overlap"} of inference.tiling.Tiling: also look at each frame piece by piece, for small
+                objects in large frames; for models that draw boxes
+    batch       frames written at once: what a kill costs at most; 0: as many as suit the server
+    plan_for    how the model runs fastest here (inference.probe), asked when MANY frames wait; `open_backend` then
+                takes `streams` and `batch` by name. None: one frame a run
 
     A frame that a person holds or has reviewed meanwhile is skipped and counted; one whose pixels cannot be read is a
-    failed item. Raises Invalid when no label of the model fits the data set or the model does not fit its card (nothing
-    is written then), Conflict when the run id belongs to another run, NotFound, Cancelled.
+    failed item. Raises Invalid when no label of the model fits the data set, the model does not fit its card, or it is
+    an INT8 version without a valid certificate on this device (nothing is written then), Conflict when the run id belongs
+    to another run, NotFound, Cancelled.
     """
     wrong = sorted(set(statuses) - {"new", "annotated"})
     if wrong or not statuses:
         raise Invalid(
             f"A machine run works on new or annotated frames, not on {', '.join(map(repr, wrong)) or 'none'}."
         )
-    card, folder = models.card(model), models.folder(model)
-    taxonomy = Taxonomy(server.task(dataset).labels)
+    card = models.card(model)
+    pieces = tiles(card, tiling)
+    task = server.task(dataset)
+    taxonomy = Taxonomy(task.labels)
     labels = preview_labels(card, taxonomy, renames)
     if not labels.pairs:
         raise Invalid(
@@ -108,12 +150,18 @@ def annotate(dataset: str, model: str, *, run_id: str, server: AnnotationServer,
         )
     tally, holder, started = _Tally(labels), f"run:{run_id}", time.monotonic()
     thresholds = {} if confidence is None else {"confidence": confidence, "confidence_by_label": {}}
-    with Detector(card, folder, open_backend, **thresholds) as detector:
+    plan = Plan()
+    if plan_for is not None and sum(task.by_status.get(status, 0) for status in statuses) >= MANY:
+        plan = plan_for(card, models.folder(model))
+        open_backend = plan.opening(open_backend)
+    with open_annotator(model, models=models, open_backend=open_backend, certificates=certificates, batch=plan.batch,
+                        **thresholds) as detector:
         is_repeat = _begin(
             records,
             dataset,
             run_id,
-            {"model": model, "statuses": sorted(statuses), "confidence": confidence, "renames": renames or {}},
+            {"model": model, "statuses": sorted(statuses), "confidence": confidence, "renames": renames or {},
+             "tiling": tiling},
             card.source,
         )
         if not len(taxonomy):
@@ -128,22 +176,23 @@ def annotate(dataset: str, model: str, *, run_id: str, server: AnnotationServer,
         )
         before, total = len(tally.written), len(tally.written) + len(names)
         job.progress(before, total, model)
-        stream = detect_frames(detector, _pixels(server, dataset, names, tally), lambda frame: blobs.get(frame.blob))
-        for group in _groups(stream, batch):
+        stream = detect_frames(detector, _pixels(server, dataset, names, tally), lambda frame: blobs.get(frame.blob),
+                               batch=plan.batch, tiling=pieces)
+        for group in _groups(stream, batch or server.write_batch):
             job.check()
-            proposals = {}
-            for name, found in group:
+            proposals, read = {}, {working.frame.name: working for working, _ in group}
+            for name, (_, found) in zip(read, group):
                 if isinstance(found, WorkbenchError):
                     job.fail_item(name, str(found))
                     tally.failed += 1
                 else:
                     proposals[name] = _annotations(found, card, labels, run_id, name, tally)
             written = _write(server, records, dataset, holder, proposals, tally.skipped,
-                             lambda working: propose(working, run_id, card.source, proposals[working.frame.name]))
+                             lambda working: propose(working, run_id, card.source, proposals[working.frame.name]), read)
             for working in written:
                 tally.count(working, run_id)
             job.progress(before + tally.failed + tally.detected, total, model)
-        report = tally.report(dataset, model, run_id, vars(detector.report), time.monotonic() - started)
+        report = tally.report(dataset, model, run_id, vars(detector.report), time.monotonic() - started, card.task)
     records.add(
         "machine_runs",
         dataset,
@@ -206,12 +255,13 @@ class _Tally:
             if run.run_id == run_id:
                 self.written[working.frame.name] = Counter(annotation.label for annotation in run.added)
 
-    def report(self, dataset: str, model: str, run_id: str, backend: dict[str, str], seconds: float) -> AnnotateReport:
+    def report(self, dataset: str, model: str, run_id: str, backend: dict[str, str], seconds: float,
+               task: str) -> AnnotateReport:
         by_label = sum(self.written.values(), Counter())
         return AnnotateReport(
             dataset, model, run_id, len(self.written), by_label.total(), self.failed, dict(sorted(by_label.items())),
             dict(sorted(self.skipped.items())), dict(sorted(self.left_out.items())), self.labels.unmatched, backend,
-            self.detected, round(seconds, 3), round(self.detected / seconds, 2) if seconds > 0 else 0.0)
+            self.detected, round(seconds, 3), round(self.detected / seconds, 2) if seconds > 0 else 0.0, task)
 
 
 def _begin(records: Records, dataset: str, run_id: str, facts: dict[str, Any], source: str) -> bool:
@@ -226,31 +276,32 @@ def _begin(records: Records, dataset: str, run_id: str, facts: dict[str, Any], s
     return True
 
 
-def _pixels(server: AnnotationServer, dataset: str, names: list[str], tally: _Tally) -> Iterator[tuple[str, Frame]]:
+def _pixels(server: AnnotationServer, dataset: str, names: list[str],
+            tally: _Tally) -> Iterator[tuple[WorkingFrame, Frame]]:
     for group in _groups(names, READ):
-        for name, working in server.read(dataset, group).items():
+        for working in server.read(dataset, group).values():
             if working.is_reviewed:
                 tally.skipped["reviewed"] += 1
             else:
-                yield name, working.frame
+                yield working, working.frame
 
 
 def _annotations(
     found: Detections, card: ModelCard, labels: LabelMap, run_id: str, name: str, tally: _Tally
 ) -> tuple[Annotation, ...]:
-    """Detections as annotations of the data set; the index in the id counts all boxes, drawn or left out."""
+    """Detections as annotations of the data set; the index in the id counts all that was found, drawn or left out."""
     tally.detected += 1
-    drawn = []
-    for index, (xyxy, class_id, confidence) in enumerate(zip(found.xyxy, found.class_id, found.confidence)):
+    proposals = []
+    for index, (class_id, confidence) in enumerate(zip(found.class_id, found.confidence)):
         ours = card.labels.labels[class_id]
         label = labels(ours)
         if label is None:
             tally.left_out[ours] += 1
             continue
-        drawn.append(Annotation(label, tuple(round(float(value), DECIMALS) for value in xyxy), source=card.source,
-                                confidence=round(float(confidence), 4), attributes={"run_id": run_id},
-                                id=machine_annotation_id(run_id, name, index)))
-    return tuple(drawn)
+        proposals.append(Annotation(label, **drawing(card, found, index), source=card.source,
+                                    confidence=round(float(confidence), 4), attributes={"run_id": run_id},
+                                    id=machine_annotation_id(run_id, name, index)))
+    return tuple(proposals)
 
 
 def _write(
@@ -261,20 +312,23 @@ def _write(
     names: Iterable[str],
     skipped: Counter[str],
     change: Callable[[WorkingFrame], WorkingFrame],
+    read: Mapping[str, WorkingFrame] | None = None,
 ) -> list[WorkingFrame]:
-    """Changes frames under a lease each, reading them afresh; returns those it wrote.
+    """Changes frames under a lease each; returns those it wrote.
 
-    The lease covers reading and writing, not the detection before: a person who opens a frame meanwhile is not kept
-    waiting, and the run skips their frame. A frame that still changed in between is tried once more.
+    The lease covers writing, not the detection before: a person who opens a frame meanwhile is not kept waiting, and the
+    run skips their frame. `read` is how the frames were read a moment ago: the server refuses what has changed since.
+    Those, and all without `read`, are read afresh; one that still changed in between is tried once more.
     """
     names, written = list(names), []
     refused = records.lease_many(dataset, names, holder)
     skipped.update(f"held by {who}" for who in refused.values())
     pending = [name for name in names if name not in refused]
     try:
-        for _ in range(2):
+        for attempt in range(2 if read is None else 3):
+            stand = server.read(dataset, pending) if attempt or read is None else {name: read[name] for name in pending}
             changed = []
-            for working in server.read(dataset, pending).values():
+            for working in stand.values():
                 after = change(working)
                 if after is not working:
                     changed.append(after)

@@ -82,13 +82,16 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
     tracker         keeps the result as a run of the experiment <data set>/evaluations; the same job again finds its
                     run. None: nothing is kept
 
-    Frames nobody looked at take no part. Raises Invalid when the split has no labelled box, a frame cannot be read (a
+    Frames nobody looked at take no part. Boxes are scored: of polygons the box around them, of tags nothing. Raises Invalid when the split has no labelled box, a frame cannot be read (a
     score on fewer frames would be another score), or the model shares no label with the data set.
     """
     if split not in SPLITS:
         raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
     started = time.monotonic()
     card, folder = models.card(model), models.folder(model)
+    if card.task == "tags":
+        raise Invalid(f"{model} sets tags on whole frames; evaluation scores boxes. Look at what it tags on the annotate "
+                      "page, or choose a model that draws.")
     record, manifest = store.version(version), store.manifest(version)
     frames = manifest.split(split)
     if not any(one.annotations for one in frames):

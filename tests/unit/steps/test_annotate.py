@@ -19,6 +19,7 @@ from workbench.adapters.local_models import LocalModels
 from workbench.adapters.onnxruntime import OnnxRuntime
 from workbench.annotation import Annotation
 from workbench.blobs import Blobs
+from workbench.certificates import Certificates
 from workbench.dataset import Frame, LabeledFrame
 from workbench.errors import Cancelled, Conflict, Invalid, NotFound
 from workbench.ports import Quiet
@@ -38,6 +39,7 @@ class Stores:
     models: LocalModels
     blobs: Blobs
     frames: tuple[LabeledFrame, ...]
+    certificates: Certificates
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
             image[16:24, 40:48] = BLUE
         made = blobs.put(cv2.imencode(".png", image[:, :, ::-1])[1].tobytes())
         frames.append(LabeledFrame(Frame(f"f{number}.png", 64, 64, made.md5, made.sha256, made.size_bytes)))
-    return Stores(models, blobs, tuple(frames))
+    return Stores(models, blobs, tuple(frames), Certificates(Records("sqlite://"), folder / "key"))
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def filled(stores: Stores, taxonomy: Taxonomy = COLOURS) -> MemoryServer:
 def run(
     stores: Stores, server: Any, records: Any, run_id: str = "run1", job: Any = None, **more: Any
 ) -> AnnotateReport:
-    more = {"batch": 2, "blobs": stores.blobs, **more}
+    more = {"batch": 2, "blobs": stores.blobs, "certificates": stores.certificates, **more}
     return annotate("squares", "finder@1", run_id=run_id, server=server, models=stores.models, records=records,
                     open_backend=lambda path: OnnxRuntime(path, threads=1), job=job or Quiet(), **more)
 
@@ -256,6 +258,7 @@ class TestBadInput:
                 blobs=stores.blobs,
                 records=records,
                 open_backend=OnnxRuntime,
+                certificates=stores.certificates,
                 job=Quiet(),
             )
         with pytest.raises(NotFound, match="circles"):
@@ -268,6 +271,7 @@ class TestBadInput:
                 blobs=stores.blobs,
                 records=records,
                 open_backend=OnnxRuntime,
+                certificates=stores.certificates,
                 job=Quiet(),
             )
 
