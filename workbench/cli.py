@@ -87,12 +87,14 @@ def up(config: Config, parts: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@click.argument("what", type=click.Choice(["cvat"]), required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.pass_obj
-def doctor(config: Config, as_json: bool) -> int:
-    """Check each part; say what is wrong and what to do. Exit code 1 when something needed is broken."""
+def doctor(config: Config, what: str | None, as_json: bool) -> int:
+    """Check each part, or what CVAT needs to show deployed models (doctor cvat); say what is wrong and what to do. Exit
+    code 1 when something needed is broken."""
     from workbench import doctor as checks
-    found = checks.examine(config)
+    found = checks.examine(config) if what is None else checks.examine_cvat(_open(config))
     if as_json:
         click.echo(json.dumps({"ok": checks.is_fit(found), "checks": [check.to_json() for check in found]}))
     for check in () if as_json else found:
@@ -138,16 +140,21 @@ def upload(config: Config, dataset: str, source: Path, split: str | None, **how:
 @click.option("--confidence", type=click.FloatRange(0, 1), help="Least confidence of a box, for all labels.")
 @click.option("--again", is_flag=True, help="Also frames that a machine annotated before and nobody reviewed.")
 @click.option("--rename", multiple=True, metavar="MODEL_LABEL=LABEL", help="Map a label where the names differ.")
+@click.option("--tiles", type=click.IntRange(32, 8192), metavar="PX",
+              help="Small objects in large frames: also look at pieces of PX by PX pixels.")
+@click.option("--tile-overlap", type=click.FloatRange(0, 0.9), default=0.2, show_default=True,
+              help="Share of a piece that the next one repeats.")
 @step
 def annotate(config: Config, dataset: str, model: str | None, confidence: float | None, again: bool,
-             rename: tuple[str, ...], **how: bool) -> int:
+             rename: tuple[str, ...], tiles: int | None, tile_overlap: float, **how: bool) -> int:
     """Let MODEL (else the deployed one) annotate the frames of DATASET that nobody has reviewed."""
     model = model or _open(config).records.deployed(dataset)
     if model is None:
         raise NotFound(f"No model is deployed for {dataset}. Name one: `workbench models list` shows those there are.")
     return _job(config, "annotate", {
         "dataset": dataset, "model": model, "statuses": ["new", "annotated"] if again else ["new"],
-        "confidence": confidence, "renames": _pairs("--rename", rename)}, **how)
+        "confidence": confidence, "renames": _pairs("--rename", rename),
+        "tiling": {"size": tiles, "overlap": tile_overlap} if tiles else None}, **how)
 
 
 @cli.command()
@@ -230,6 +237,73 @@ def promote(config: Config, dataset: str, candidate: str, version: str, margin: 
 def deploy(config: Config, dataset: str, model: str, **how: bool) -> int:
     """Make MODEL the one that annotates the next upload of DATASET."""
     return _job(config, "deploy", {"dataset": dataset, "model": model}, **how)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--version", required=True, help="Data set version (cells@1.0.0): its test split certifies, the rest "
+              "calibrates.")
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True,
+              help="The split that is held out for the certificate.")
+@click.option("--frames", type=click.IntRange(1), help="How many frames calibrate.")
+@click.option("--seed", type=int, help="Which ones: the same seed, the same frames.")
+@click.option("--limit", multiple=True, metavar="NAME=VALUE", help="map_loss, class_loss, speedup or frames.")
+@step
+def quantize(config: Config, model: str, version: str, split: str, frames: int | None, seed: int | None,
+             limit: tuple[str, ...], **how: bool) -> int:
+    """Make MODEL-int8: faster on this device, with a certificate of what that costs in mAP."""
+    return _job(config, "quantize", {
+        "model": model, "version": version, "split": split, "frames": frames, "seed": seed,
+        "limits": {name: _number(value) for name, value in _pairs("--limit", limit).items()}}, **how)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--version", required=True, help="Data set version (cells@1.0.0) to measure on.")
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
+@click.option("--against", help="The FP32 version, where the INT8 one does not say which it came from.")
+@click.option("--limit", multiple=True, metavar="NAME=VALUE", help="map_loss, class_loss, speedup or frames.")
+@step
+def certify(config: Config, model: str, version: str, split: str, against: str | None, limit: tuple[str, ...],
+            **how: bool) -> int:
+    """Measure the INT8 version MODEL against its FP32 origin on this device."""
+    return _job(config, "certify", {
+        "model": model, "version": version, "split": split, "against": against,
+        "limits": {name: _number(value) for name, value in _pairs("--limit", limit).items()}}, **how)
+
+
+@cli.command()
+@click.argument("cameras", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--dataset", required=True, help="What the frames of events go to.")
+@click.option("--model", help="The deployed one of the data set otherwise.")
+@click.option("--per-hour", type=click.IntRange(1), default=60, show_default=True, help="Frames kept of a camera in an hour.")
+@click.pass_obj
+def watch(config: Config, cameras: Path, dataset: str, model: str | None, per_hour: int) -> None:
+    """Watch the cameras of the TOML file CAMERAS until Ctrl-C; frames of events go to DATASET (docs/streams.md)."""
+    import signal
+    import threading
+
+    import cv2
+
+    from workbench.dataset import check_dataset_name
+    from workbench.inference.cameras import read_cameras
+    from workbench.steps.quantize import open_annotator
+    from workbench.steps.spool import Spool
+    from workbench.steps.watch import low_thresholds, upload_by
+    from workbench.steps.watch import watch as run
+    check_dataset_name(dataset)
+    listed, workbench = read_cameras(cameras), _open(config)
+    model = model or workbench.records.deployed(dataset)
+    if model is None:
+        raise NotFound(f"No model is deployed for {dataset}. Name one: `workbench models list` shows those there are.")
+    cv2.setNumThreads(1)  # frames are worked on side by side, so each needs one thread
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with open_annotator(model, models=workbench.models, open_backend=workbench.open_backend,
+                        certificates=workbench.certificates, **low_thresholds(workbench.models.card(model))) as detector, \
+            Spool(config.home / "watch" / dataset, per_hour=per_hour) as spool:
+        report = run(listed, detector, spool, upload_by(workbench.jobs, dataset, config.person), say=click.echo, stop=stop)
+    click.echo(json.dumps(report.to_json()))
 
 
 @cli.group(cls=InOrder)

@@ -19,7 +19,20 @@ class Config:
     *_port             loopback ports of the embedded parts
     host               where the embedded parts listen; 0.0.0.0 only behind something that checks who comes in
     allowed_hosts      names besides loopback under which the HTTP parts may be addressed, comma-separated
+    service_workers    processes of the HTTP service; each opens models of its own and has its share of the threads
+    predict_queue      images that predict holds at once in each process; a request may have as many at most
+    predict_batch_ms   how long a batch waits for images that are just being decoded
+    predict_models     models that predict keeps open at once in each process
+    predict_body_mb    largest body of a predict request in MiB
     service_token      what the HTTP service asks for as a bearer token; empty: nothing
+    gateway_port       a port of its own for CVAT's calls; 0: the HTTP service's
+    gateway_host       where that port listens; empty: as `host`
+    gateway_allow      addresses CVAT may call from, comma-separated networks (172.18.0.0/16); CVAT sends no password
+    gateway_url        how CVAT reaches the gateway, where that is not how this machine does
+    gateway_body_mb    largest body of a call by CVAT in MiB
+    cvat_look_s        how often CVAT is asked what its webhooks may have missed, in seconds; 0: never
+    cvat_publish       what becomes of accepted work: "ask" offers the next version, "publish" publishes it at once
+    nuclio_url         dashboard of a Nuclio server that models can be deployed to instead
     person             who acts when nobody has signed in
     """
 
@@ -41,7 +54,20 @@ class Config:
     cvat_url: str = ""
     cvat_token: str = ""
     service_token: str = ""
+    service_workers: int = 1
+    predict_queue: int = 128
+    predict_batch_ms: int = 2
+    predict_models: int = 3
+    predict_body_mb: int = 64
     allowed_hosts: str = ""
+    gateway_port: int = 0
+    gateway_host: str = ""
+    gateway_allow: str = "127.0.0.0/8, ::1/128"
+    gateway_url: str = ""
+    gateway_body_mb: int = 32
+    nuclio_url: str = ""
+    cvat_look_s: int = 60
+    cvat_publish: str = "ask"
 
     @classmethod
     def read(cls, home: str | Path | None = None, environ: dict[str, str] | None = None) -> Config:
@@ -103,6 +129,19 @@ class Config:
     @property
     def service(self) -> str:
         return f"http://{self.address}:{self.service_port}"
+
+    @property
+    def gateway(self) -> str:
+        """Where this machine reaches what answers CVAT."""
+        if not self.gateway_port:
+            return self.service
+        host = self.gateway_host or self.host
+        return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{self.gateway_port}"
+
+    @property
+    def service_metrics(self) -> Path:
+        """Where several service processes keep the figures they count together; emptied when they start."""
+        return self.home / "service-metrics"
 
     @property
     def worker_threads(self) -> int:

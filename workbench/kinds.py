@@ -16,7 +16,7 @@ BATCH = 200
 # kind -> (arguments it needs, arguments it may have). "person" may always be given; it is the job's own otherwise.
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "upload": (("dataset", "source"), ("split",)),
-    "annotate": (("dataset", "model"), ("statuses", "confidence", "renames", "batch")),
+    "annotate": (("dataset", "model"), ("statuses", "confidence", "renames", "tiling", "batch")),
     "undo": (("dataset", "run_id"), ()),
     "correct": (("dataset", "truth"), ()),
     "version": (("dataset",), ("message", "bump", "include")),
@@ -24,6 +24,11 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "retrain": (("version",), ("recipe", "params", "base_model", "dataset")),
     "promote": (("dataset", "candidate", "version"), ("split", "margin", "primary", "max_class_drop")),
     "deploy": (("dataset", "model"), ()),
+    "quantize": (("model", "version"), ("split", "frames", "seed", "limits", "dataset")),
+    "certify": (("model", "version"), ("split", "against", "limits", "dataset")),
+    "pull": (("dataset",), ()),
+    "send": (("dataset",), ("low_confidence", "disagreement", "random", "model", "people", "job_size", "truth",
+                            "truth_frames", "seed")),
 }
 
 
@@ -43,7 +48,8 @@ def check(kind: str, args: dict[str, Any]) -> None:
 def all_of(workbench: Workbench) -> dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]]:
     """kind -> function of (arguments, job) that gives the step's report as JSON."""
     steps = {"upload": _upload, "annotate": _annotate, "undo": _undo, "correct": _correct, "version": _version,
-             "evaluate": _evaluate, "retrain": _retrain, "promote": _promote, "deploy": _deploy}
+             "evaluate": _evaluate, "retrain": _retrain, "promote": _promote, "deploy": _deploy,
+             "quantize": _quantize, "certify": _certify, "pull": _pull, "send": _send}
     return {kind: partial(_checked, kind, step, workbench) for kind, step in steps.items()}
 
 
@@ -68,8 +74,8 @@ def _upload(workbench: Workbench, job: Job, person: str, dataset: str, source: s
 def _annotate(workbench: Workbench, job: Job, person: str, dataset: str, model: str, **more: Any) -> dict[str, Any]:
     from workbench.steps.annotate import annotate
     return annotate(dataset, model, run_id=job.id, server=workbench.server, models=workbench.models,
-                    blobs=workbench.blobs, records=workbench.records, open_backend=workbench.open_backend, job=job,
-                    **more).to_json()
+                    blobs=workbench.blobs, records=workbench.records, open_backend=workbench.open_backend,
+                    certificates=workbench.certificates, job=job, plan_for=workbench.plan_for, **more).to_json()
 
 
 def _undo(workbench: Workbench, job: Job, person: str, dataset: str, run_id: str) -> dict[str, Any]:
@@ -118,6 +124,35 @@ def _deploy(workbench: Workbench, job: Job, person: str, dataset: str, model: st
     from workbench.steps.deploy import deploy
     return deploy(dataset, model, models=workbench.models, records=workbench.records, tracker=workbench.tracker,
                   person=person).to_json()
+
+
+def _quantize(workbench: Workbench, job: Job, person: str, model: str, version: str, dataset: str = "",
+              **more: Any) -> dict[str, Any]:
+    from workbench.steps.quantize import quantize
+    return quantize(model, version, models=workbench.models, store=workbench.datasets, blobs=workbench.blobs,
+                    certificates=workbench.certificates, open_backend=workbench.open_backend, job=job, person=person,
+                    scratch=workbench.config.home / "quantize", **more).to_json()
+
+
+def _certify(workbench: Workbench, job: Job, person: str, model: str, version: str, dataset: str = "",
+             **more: Any) -> dict[str, Any]:
+    from workbench.steps.quantize import certify
+    return certify(model, version, models=workbench.models, store=workbench.datasets, blobs=workbench.blobs,
+                   certificates=workbench.certificates, open_backend=workbench.open_backend, job=job, person=person,
+                   **more)
+
+
+def _pull(workbench: Workbench, job: Job, person: str, dataset: str) -> dict[str, Any]:
+    from workbench.steps.cvat_pull import pull
+    return pull(dataset, server=workbench.cvat, store=workbench.datasets, records=workbench.records,
+                hooks=workbench.hooks, job=job, person=person, publish=workbench.config.cvat_publish).to_json()
+
+
+def _send(workbench: Workbench, job: Job, person: str, dataset: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.cvat_review import send
+    return send(dataset, server=workbench.cvat, models=workbench.models, blobs=workbench.blobs,
+                records=workbench.records, open_backend=workbench.open_backend, certificates=workbench.certificates,
+                job=job, person=person, **more).to_json()
 
 
 def _truth(workbench: Workbench, job: Job, person: str, dataset: str, folder: Path) -> dict[str, tuple[Annotation, ...]]:

@@ -33,7 +33,8 @@ def _ledger(name: str) -> sa.Table:
         sa.Column("key", sa.String(300), unique=True))
 
 
-LEDGERS = {name: _ledger(name) for name in ("reviews", "machine_runs", "promotions", "deployments", "uploads")}
+LEDGERS = {name: _ledger(name) for name in ("reviews", "machine_runs", "promotions", "deployments", "uploads",
+                                             "certificates", "cvat_deployments", "pulls", "cvat_reviews")}
 
 
 @dataclass(frozen=True)

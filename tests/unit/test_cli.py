@@ -19,7 +19,7 @@ from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 PROJECT = Path(__file__).resolve().parents[2]
-STEPS = ("upload", "annotate", "undo", "evaluate", "version", "retrain", "promote", "deploy")
+STEPS = ("upload", "annotate", "undo", "evaluate", "version", "retrain", "promote", "deploy", "quantize", "certify")
 
 
 @pytest.fixture()
@@ -44,7 +44,7 @@ def test_help_tells_the_loop_in_its_order_and_is_quick(config: Config) -> None:
     assert said.returncode == 0 and best < 1.0
     assert "upload -> annotate -> review -> evaluate -> version -> retrain -> promote -> deploy" in said.stdout
     listed = [line.split()[0] for line in said.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert listed == ["up", "doctor", "demo", *STEPS[:5], "diff", *STEPS[5:], "jobs", "datasets", "models"]
+    assert listed == ["up", "doctor", "demo", *STEPS[:5], "diff", *STEPS[5:], "watch", "jobs", "datasets", "models"]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [*STEPS, "up", "doctor", "demo", "diff", "jobs", "datasets", "models"])
+@pytest.mark.parametrize("command", [*STEPS, "up", "doctor", "demo", "diff", "watch", "jobs", "datasets", "models"])
 def test_every_command_explains_itself(config: Config, command: str) -> None:
     assert cli.cli.commands[command].get_short_help_str(200)
     for option in cli.cli.commands[command].params:

@@ -94,8 +94,8 @@ def test_datasets_models_and_metrics_tell_what_is_there(client: TestClient, conf
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = answer.text.splitlines()
-    for line in ('workbench_jobs{kind="deploy",state="queued"} 1', 'workbench_jobs{kind="annotate",state="failed"} 0',
-                 "workbench_workers 0", 'workbench_dataset_versions{dataset="cells"} 1', "workbench_models 0"):
+    for line in ('workbench_jobs{kind="deploy",state="queued"} 1.0', 'workbench_jobs{kind="annotate",state="failed"} 0.0',
+                 "workbench_workers 0.0", 'workbench_dataset_versions{dataset="cells"} 1.0', "workbench_models 0.0"):
         assert line in lines
     assert all(line.startswith("#") or len(line.rsplit(" ", 1)) == 2 and float(line.rsplit(" ", 1)[1]) >= 0 for line in lines)
 

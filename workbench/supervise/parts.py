@@ -84,8 +84,8 @@ def _worker(config: Config) -> list[str]:
 
 
 def _service(config: Config) -> list[str]:
-    return [*PYTHON, "uvicorn", "workbench.service.app:create", "--factory", "--host", config.host,
-            "--port", str(config.service_port), "--no-server-header", "--log-level", "warning"]
+    shutil.rmtree(config.service_metrics, ignore_errors=True)
+    return [*PYTHON, "workbench.service"]
 
 
 def _ui(config: Config) -> list[str]:
