@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from workbench.config import Config
 from workbench.errors import Unavailable, WorkbenchError
@@ -51,11 +56,30 @@ def examine(config: Config) -> list[Check]:
         found.append(_part(config, part, is_up))
     for look in (_models, _datasets):
         found += list(_safely(look, workbench))
-    found.append(Check("cvat", "ok", f"CVAT is set to {config.cvat_url.partition('@')[2] or config.cvat_url}.")
-                 if config.cvat_url else
-                 Check("cvat", "note", "No CVAT is connected, labels are edited in FiftyOne; set cvat_url and cvat_token "
-                       f"in {config.home / 'settings.toml'} to use one."))
+    found += _safely(_cvat, config)
     return found
+
+
+def examine_cvat(workbench: Workbench) -> list[Check]:
+    """What stands between a deployed model and CVAT's AI tools, in the order in which a person would mend it."""
+    config = workbench.config
+    if not config.cvat_url or not config.cvat_token:
+        missing = " and ".join(name for name in ("cvat_url", "cvat_token") if not getattr(config, name))
+        return [Check("settings", "WRONG", f"{missing} not set: write it into {config.home / 'settings.toml'}; the token "
+                      "is made in CVAT under Profile, Security, Access tokens (read and write).")]
+    found: list[Check] = []
+    for look in (_cvat_answers, _gateway, _functions, _turned_away, _cvat_lists):
+        found += list(_safely(look, workbench))
+        if found and found[-1].name in ("cvat", "gateway") and found[-1].mark == "WRONG":
+            break
+    return found
+
+
+def cvat_settings(config: Config) -> dict[str, str]:
+    """What cvat_server and cvat_worker_annotation need in their environment."""
+    seen = urlsplit(config.gateway_url or config.gateway)
+    return {"CVAT_SERVERLESS": "1", "CVAT_NUCLIO_HOST": seen.hostname or "", "CVAT_NUCLIO_PORT": str(
+        seen.port or (443 if seen.scheme == "https" else 80)), "CVAT_NUCLIO_INVOKE_METHOD": "dashboard"}
 
 
 def is_fit(found: list[Check]) -> bool:
@@ -182,6 +206,94 @@ def _part(config: Config, part: parts.Part, is_up: bool) -> Check:
         return Check(part.name, "note", f"Something answers on port {getattr(config, part.port)}, but nothing runs on "
                      f"{config.home}: it may be another workbench. Set {part.port} to a free port to run both.")
     return Check(part.name, "ok", f"It answers: {part.what}.")
+
+
+def _cvat(config: Config) -> Iterator[Check]:
+    if not config.cvat_url:
+        yield Check("cvat", "note", "No CVAT is connected, labels are edited in FiftyOne; set cvat_url and cvat_token "
+                    f"in {config.home / 'settings.toml'} to use one.")
+        return
+    version = Workbench(config).cvat_tools.version()
+    yield Check("cvat", "ok", f"CVAT {version} answers; `workbench doctor cvat` looks at its AI tools.")
+
+
+def _cvat_answers(workbench: Workbench) -> Iterator[Check]:
+    try:
+        tools = workbench.cvat_tools
+        version = tools.version()
+        tools.projects()  # the version is told to anybody, this is not
+    except WorkbenchError as error:
+        yield Check("cvat", "WRONG", str(error))
+        return
+    yield Check("cvat", "ok", f"CVAT {version} answers and takes the token.")
+
+
+def _gateway(workbench: Workbench) -> Iterator[Check]:
+    config = workbench.config
+    try:
+        with urllib.request.urlopen(f"{config.gateway}/api/functions", timeout=10) as answer:
+            json.load(answer)
+    except urllib.error.HTTPError as error:
+        yield Check("gateway", "note" if error.code == 403 else "WRONG",
+                    f"{config.gateway} answers {error.code}: {error.reason}")
+        return
+    except (OSError, ValueError) as error:
+        yield Check("gateway", "WRONG", f"The gateway does not answer at {config.gateway} ({error}). `workbench up` starts "
+                    f"it with the HTTP service; its log is {config.home / 'logs' / 'service.log'}.")
+        return
+    yield Check("gateway", "ok", f"The gateway answers at {config.gateway}.")
+
+
+def _functions(workbench: Workbench) -> Iterator[Check]:
+    from workbench.steps.cvat_gateway import served
+    deployed = served(models=workbench.models, records=workbench.records, certificates=workbench.certificates)
+    if not deployed:
+        yield Check("functions", "note", "No model is deployed to CVAT yet: the CVAT page does it.")
+    for one in deployed:
+        yield Check("functions", "WRONG" if one.why_not else "ok", one.why_not or
+                    f"{one.function.model} is deployed as {one.function.kind} {one.function.name}.")
+
+
+def _turned_away(workbench: Workbench) -> Iterator[Check]:
+    from workbench.service.nuclio import networks, refused_callers
+    allowed = networks(workbench.config)
+    for address, at in refused_callers(workbench.config).items():
+        if not any(ip_address(address) in network for network in allowed):
+            yield Check("callers", "note", f"{address} called the gateway and was turned away ({at[:16]}). If that is "
+                        f"CVAT, add it to the setting gateway_allow, now {workbench.config.gateway_allow!r}.")
+
+
+def _cvat_lists(workbench: Workbench) -> Iterator[Check]:
+    from workbench.steps.cvat_gateway import served
+    wanted = cvat_settings(workbench.config)
+    address = f"{wanted['CVAT_NUCLIO_HOST']}:{wanted['CVAT_NUCLIO_PORT']}"
+    step = ("Set " + ", ".join(f"{name}={value}" for name, value in wanted.items())
+            + " on cvat_server and on cvat_worker_annotation, then start both again.")
+    try:
+        listed = {one.id for one in workbench.cvat_tools.functions()}
+    except Unavailable as error:
+        looked_at = getattr(error, "looked_at", "")  # where CVAT itself says that it looks
+        if looked_at == address and getattr(error, "status", 0) not in (503, 504):
+            step = "That is the gateway's own answer."
+        elif looked_at == address:
+            step = (f"CVAT looks at {address}, as it should, and gets no list. If CVAT runs in containers, 127.0.0.1 "
+                    "there is the container itself: set gateway_port, gateway_host (an address of this machine that "
+                    "containers reach), gateway_allow (CVAT's network) and gateway_url, then start `workbench up` and "
+                    "CVAT again.")
+        elif looked_at:
+            step = f"CVAT looks for its functions at {looked_at}, the gateway is at {address}. {step}"
+        yield Check("AI tools", "WRONG", f"{error} {step}")
+        return
+    mine = {one.function.name for one in served(models=workbench.models, records=workbench.records,
+                                                certificates=workbench.certificates) if not one.why_not}
+    missing = sorted(mine - listed)
+    if missing:
+        yield Check("AI tools", "WRONG", f"CVAT lists {len(listed)} functions, but not {', '.join(missing)}: it asks "
+                    f"another server than this gateway. {step}")
+    elif mine:
+        yield Check("AI tools", "ok", f"CVAT lists all {len(mine)} functions that are deployed.")
+    else:
+        yield Check("AI tools", "ok", f"CVAT asks for functions and gets {len(listed)}.")
 
 
 def _models(workbench: Workbench) -> Iterator[Check]:

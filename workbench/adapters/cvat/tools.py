@@ -1,7 +1,7 @@
 """CVAT's AI tools, as its people see them: which functions it lists, and one call on one frame.
 
-CVAT passes a function's failure on as its own: the words of its answer say what happened between it and the function, so
-they are kept here, unlike those of its other failures.
+CVAT passes a function's failure on as its own: the words of its answer say what happened between it and the function,
+so they are kept here, unlike those of its other failures.
 """
 
 from __future__ import annotations
@@ -65,16 +65,24 @@ def about(address: str) -> str:
         raise Invalid(f"{address!r} is not a web address. Write it like http://cvat.example:8080.")
     where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     try:
-        answer = requests.get(f"{where}{parts.path.rstrip('/')}/api/server/about", timeout=ABOUT_S, allow_redirects=False,
-                              headers={"Accept": JSON})
+        answer = requests.get(
+            f"{where}{parts.path.rstrip('/')}/api/server/about",
+            timeout=ABOUT_S,
+            allow_redirects=False,
+            headers={"Accept": JSON},
+        )
     except (requests.RequestException, ValueError) as error:
-        raise Unavailable(f"Nothing answers at {where} ({type(error).__name__}). Check that CVAT is started and that this "
-                          "machine reaches it.") from error
+        raise Unavailable(
+            f"Nothing answers at {where} ({type(error).__name__}). Check that CVAT is started and that this "
+            "machine reaches it."
+        ) from error
     try:
         return str(answer.json()["version"])[:40]
     except (ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"{where} answers with status {answer.status_code}, but not as CVAT does. Give the address of "
-                          "its first page, without a path.") from error
+        raise Unavailable(
+            f"{where} answers with status {answer.status_code}, but not as CVAT does. Give the address of "
+            "its first page, without a path."
+        ) from error
 
 
 class AiTools:
@@ -88,9 +96,15 @@ class AiTools:
 
     def functions(self) -> list[Tool]:
         """Raises ToolFailed when CVAT does not get the list."""
-        return [Tool(str(one["id"]), str(one["kind"]), str(one.get("name") or one["id"]),
-                     tuple(label["name"] for label in one.get("labels_v2") or ()))
-                for one in self._ask("GET", "/api/lambda/functions")]
+        return [
+            Tool(
+                str(one["id"]),
+                str(one["kind"]),
+                str(one.get("name") or one["id"]),
+                tuple(label["name"] for label in one.get("labels_v2") or ()),
+            )
+            for one in self._ask("GET", "/api/lambda/functions")
+        ]
 
     def call(self, function: str, task: int, frame: int) -> dict[str, Any]:
         """What CVAT would draw on a frame, in its own form ({"shapes", "tags"}); nothing is stored."""
@@ -99,8 +113,11 @@ class AiTools:
     def tasks(self) -> list[CvatTask]:
         """Those with pictures, newest first."""
         found = self._connection.pages("/api/tasks", sort="-id")
-        return [CvatTask(one["id"], one["name"], one["size"], one.get("project_id") or 0)
-                for one in islice(found, LISTED) if one.get("size")]
+        return [
+            CvatTask(one["id"], one["name"], one["size"], one.get("project_id") or 0)
+            for one in islice(found, LISTED)
+            if one.get("size")
+        ]
 
     def projects(self) -> dict[int, str]:
         """Number -> name, newest first."""
@@ -114,11 +131,16 @@ class AiTools:
     def picture(self, task: int, frame: int) -> bytes:
         """The frame as CVAT's page shows it."""
         _ = self._connection.version
-        answer = self._connection._send("GET", f"/api/tasks/{task}/data", None, {
-            "type": "frame", "number": frame, "quality": "compressed"}, {"Accept": "*/*"}, None)
-        if not answer.headers.get("Content-Type", "").startswith("image/"):
+        answer = self._connection._send(
+            "GET",
+            f"/api/tasks/{task}/data",
+            None,
+            {"type": "frame", "number": frame, "quality": "compressed"},
+            {"Accept": "*/*"},
+            None,
+        )
+        if answer.status != 200:
             self._connection._read(answer, "GET", f"/api/tasks/{task}/data")
-            raise Unavailable(f"CVAT at {self._connection.url} gave no picture for frame {frame} of task {task}.")
         return answer.data
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
