@@ -19,6 +19,8 @@ from workbench.taxonomy import Taxonomy
 class MemoryServer:
     """Frames go through JSON on their way in, as on a real server: a caller never shares an object with the store."""
 
+    write_batch = 16
+
     def __init__(self) -> None:
         self._taxonomies: dict[str, Taxonomy] = {}
         self._frames: dict[str, dict[str, WorkingFrame]] = {}

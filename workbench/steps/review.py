@@ -67,7 +67,7 @@ def decide(dataset: str, frame: str, decision: str, *, person: str, server: Anno
     try:
         before, after = _change(dataset, frame, lambda working: _decided(working, decision, person), server,
                                 labels=server.task(dataset).labels if decision == "accepted" else None)
-        facts = {"decision": decision, "before": before.status, **_counts(after)}
+        facts = {"decision": decision, "before": before.status, **counts(after)}
         if seconds is not None:
             facts["seconds"] = round(seconds, 1)
         records.add("reviews", dataset, frame, person, facts)
@@ -132,7 +132,7 @@ def correct_from(dataset: str, truth: Mapping[str, Sequence[Annotation]], *, per
                         continue
                     name = working.frame.name
                     fixed = _corrected(working, truth[name], person, job.id)
-                    facts = {"decision": "accepted", "before": working.status, "job": job.id, **_counts(fixed),
+                    facts = {"decision": "accepted", "before": working.status, "job": job.id, **counts(fixed),
                              "effort": effort(working.annotations or (), truth[name]).to_json()}
                     records.add("reviews", dataset, name, person, facts, key=f"correct:{job.id}:{name}")
                     spent.setdefault(name, facts["effort"])
@@ -145,8 +145,8 @@ def correct_from(dataset: str, truth: Mapping[str, Sequence[Annotation]], *, per
         finally:
             records.release(dataset, batch, holder)
     job.progress(len(names), len(names))
-    counts = ("boxes_total", "untouched", "moved", "relabelled", "deleted", "drawn")
-    return sum((Effort(**{name: one[name] for name in counts}) for one in spent.values()), Effort())
+    kinds = ("boxes_total", "untouched", "moved", "relabelled", "deleted", "drawn")
+    return sum((Effort(**{name: one[name] for name in kinds}) for one in spent.values()), Effort())
 
 
 def _decided(working: WorkingFrame, decision: str, person: str) -> WorkingFrame:
@@ -204,7 +204,7 @@ def _check_person(person: str) -> None:
         raise Invalid("A review needs a name. Say who you are in the sidebar, or with the setting 'person'.")
 
 
-def _counts(working: WorkingFrame) -> dict[str, Any]:
+def counts(working: WorkingFrame) -> dict[str, Any]:
     """What people did to a frame, counted for the ledger."""
     written, made = written_by_machines(working), touch(working)
     drawn = sum(annotation.id not in written for annotation in made.human)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from workbench.annotation import Annotation, is_same_drawing
-from workbench.dataset import DatasetVersion, Diff, LabeledFrame, Manifest, assign_splits, diff
+from workbench.dataset import DatasetVersion, Diff, LabeledFrame, Manifest, assign_splits, diff, next_version
 from workbench.errors import Conflict, Invalid, NotFound
 from workbench.ports import AnnotationServer, DatasetStore, Job
 from workbench.run import WorkingFrame, settle
@@ -64,6 +64,24 @@ def version(dataset: str, *, server: AnnotationServer, store: DatasetStore, job:
     changed = diff(before, manifest)
     job.log(f"{made.ref}: {made.labeled} of {made.frames} frames labelled, {made.boxes} boxes; {_told(changed)}.")
     return Published(**vars(made), changed=changed)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `version` would do now. after, next: numbers of the latest and of the next version, "" for none."""
+
+    after: str
+    next: str
+    changed: Diff
+
+
+def planned(dataset: str, *, server: AnnotationServer, store: DatasetStore, job: Job, person: str) -> Planned:
+    """Reads the whole working copy and tells what the next version would change; nothing is published."""
+    labels = server.task(dataset).labels
+    working = _read(dataset, server, job)
+    latest, before = _latest(dataset, store)
+    changed = diff(before, _merge(before, working, labels, INCLUDE["accepted"], person))
+    return Planned(latest, "" if changed.is_empty else next_version(latest or None, changed.bump), changed)
 
 
 def pending(dataset: str, server: AnnotationServer, store: DatasetStore) -> Pending:

@@ -53,7 +53,7 @@ def int8_of(model: Any) -> Any:
     """The graph quantised with made-up ranges: which numbers come out is of no matter for building."""
     ready = prepare(model)
     planned = plan(ready)
-    return quantize(ready, planned, {tensor: 6.0 for site in planned.sites for tensor in site})
+    return quantize(ready, planned, {tensor: (-6.0, 6.0) for site in planned.sites for tensor in site})
 
 
 def standard(file: Path, spec: InputSpec) -> Any:

@@ -60,7 +60,8 @@ class HooksInCvat:
             with suppress(Gone):
                 self._connection.call("PATCH", f"/api/webhooks/{there.id}", body, is_repeatable=True)
                 return there.id
-        return self._connection.call("POST", "/api/webhooks", {**body, "type": "project", "project_id": self._project})["id"]
+        made = self._connection.call("POST", "/api/webhooks", {**body, "type": "project", "project_id": self._project})
+        return made["id"]
 
     def ping(self, hook_id: int) -> int | None:
         """Has CVAT send a message now; the status it got, 502 where nobody answered."""

@@ -28,11 +28,14 @@ LEFT_BEHIND = ("points", "polyline", "cuboid", "skeleton")
 
 
 def is_untouched(job: dict[str, Any]) -> bool:
-    return (job["stage"], job["state"]) == ("annotation", "new")
+    """Whether nobody works there, nor was asked to."""
+    return (job["stage"], job["state"], job.get("assignee")) == ("annotation", "new", None)
 
 
 def why_not(job: dict[str, Any]) -> str:
     who = (job.get("assignee") or {}).get("username") or "somebody"
+    if (job["stage"], job["state"]) == ("annotation", "new"):
+        return f"its job {job['id']} is assigned to {who}"
     return f"its job {job['id']} is {job['state']} in stage {job['stage']} ({who})"
 
 
@@ -56,6 +59,8 @@ class ReviewTasks:
                 found[name] = "its task was deleted in CVAT"
             elif not is_untouched(jobs[job]):
                 found[name] = why_not(jobs[job])
+            elif (jobs[job].get("task_name") or "").startswith(f"{self._dataset} review "):
+                found[name] = f"it was sent already, in job {job}"
             else:
                 if job not in held:
                     held[job] = self._left_behind(job)

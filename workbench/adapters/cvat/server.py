@@ -52,8 +52,8 @@ READS = 20  # how often a frame that is being written is read again before givin
 class CvatServer:
     """connection: to CVAT. engine: the database of workbench.records. job_size: frames of one CVAT job."""
 
-    # As many as a job has by default: the frames of a write then lie in one job, and its drawings are read once.
-    write_batch = JOB_SIZE
+    # Two jobs of the default size: at seven boxes a frame CVAT needs about a second to store them.
+    write_batch = 2 * JOB_SIZE
 
     def __init__(self, connection: Connection, engine: sa.Engine, job_size: int = JOB_SIZE) -> None:
         self.connection = connection
@@ -233,10 +233,11 @@ class CvatServer:
                     stay[name] = why_not(jobs[name])
                     continue
                 drawn = tuple(now[name].annotations.values())
-                moved.append(with_write(row, task_id=task, number=numbers[name], decided_in="", ids=tuple(a.id for a in drawn),
-                                        pending=((), drawn) if drawn else None))
+                moved.append(with_write(row, task_id=task, number=numbers[name], decided_in="",
+                                        ids=tuple(a.id for a in drawn), pending=((), drawn) if drawn else None))
             self._state.put(dataset, moved)
-            self._carry_out(dataset, project, moved, {row.frame.name: shapes.Drawn({}, {}) for row in moved}, labels, renew)
+            nothing = {row.frame.name: shapes.Drawn({}, {}) for row in moved}
+            self._carry_out(dataset, project, moved, nothing, labels, renew)
         return stay
 
     def drawn_at(self, dataset: str, rows: Mapping[int, Row], job: int) -> dict[int, shapes.Drawn]:
