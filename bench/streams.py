@@ -19,7 +19,8 @@ letterboxed, run, decoded, tracked and filtered.
 Truth: the same cameras at 4 frames a second for --truth-seconds, every frame, with a detector that really finds the
 simulated objects. An alarm is true when its box has IoU >= 0.3 with an object that moves there then.
   false_alarms_before  tracks without an object, when every track raises an alarm; false_alarms_after: events of the filter
-  events_true          objects visible for 2.5 s or more; events_true_found: those with an event
+  events_true          objects visible for 2.5 s or more; events_true_found: those with an event, events_true_found_before:
+                       those with a track at all, which no filter can add to
 
 Without --model the load runs a generated graph: a trunk of about the cost of YOLOX-nano (random weights, its result
 weighs next to nothing) and a head of fixed filters that finds the simulated objects; the truth part runs that head alone.
@@ -214,14 +215,16 @@ def alarms(options: argparse.Namespace, workbench: Workbench, card: ModelCard, f
     real = {name: [_object(worlds[number], event) for number, event in told] for name, told in raised.items()}
     visible = {(number, one) for number, world in enumerate(worlds)
                for one, seconds in world.visible(options.truth_seconds, 1 / TRUTH_FPS).items() if seconds >= VISIBLE_S}
-    seen = {(number, one) for (number, _), one in zip(raised["after"], real["after"]) if one is not None}
+    seen = {name: {(number, one) for (number, _), one in zip(told, real[name]) if one is not None}
+            for name, told in raised.items()}
     causes: dict[str, int] = {}
     for (number, event), one in zip(raised["after"], real["after"]):
         if one is None:
             cause = worlds[number].cause(event.time, event.xyxy)
             causes[cause] = causes.get(cause, 0) + 1
     return {"false_alarms_before": real["before"].count(None), "false_alarms_after": real["after"].count(None),
-            "events_true": len(visible), "events_true_found": len(visible & seen),
+            "events_true": len(visible), "events_true_found": len(visible & seen["after"]),
+            "events_true_found_before": len(visible & seen["before"]),
             "events": len(raised["after"]), "false_alarms_after_causes": causes, "truth_cameras": len(worlds),
             "truth_frames": frames, "truth_fps": TRUTH_FPS, "truth_frame": f"{WIDTH}x{HEIGHT}"}
 

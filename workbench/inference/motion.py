@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-WIDTH = 160  # cells across: a person of 2 % of the frame's width still covers three
+WIDTH = 112  # cells across: a person of 2 % of the frame's width still covers two
 # The background follows within TIME_S seconds (an hour's light, not a person's stop), five times slower where it moves.
 TIME_S, SLOW = 20.0, 0.2
 # A cell moves when it differs by more than noise (grey levels; a webcam's noise is 2..4 of 255, averaged over a cell
