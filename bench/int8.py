@@ -1,9 +1,10 @@
-"""What INT8 gains and costs on this CPU: speed and mAP of FP32 and INT8 versions of detectors, made as `quantize` makes them.
+"""What INT8 gains and costs on this CPU: speed and mAP of FP32 and INT8 versions of detectors, made as `quantize` makes
+them.
 
 Without options: YOLOX-nano and NanoDet-Plus on the unlabelled photographs beside the project, labelled by the confident
 boxes of the other FP32 detector ("labels": "consensus of ..."). --model adds a detector of one's own; without --images
-and --labels it is measured on the labelled cells beside the project. With --images and --labels everything is measured on
-those. Frames are split by --seed where the data set has no test split of its own: what calibrates is never measured.
+and --labels it is measured on the labelled cells beside the project. With --images and --labels everything is measured
+on those. Frames are split by --seed where the data set has no test split of its own: what calibrates is never measured.
 
 Speed is that of the bare graph in its standard form, fed with ready pixels, one stream per thread; FP32 and INT8 take
 turns and medians count. The last line is JSON: {"models": {name: {"speedup", "map_fp32", "map_int8", ...}}}.
@@ -46,8 +47,8 @@ ROUNDS, ROUND_S = 7, 0.7
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, action="append", default=[], metavar="CARD", help="card.json of a detector, "
-                        "its files beside it; may be repeated")
+    parser.add_argument("--model", type=Path, action="append", default=[], metavar="CARD", help="card.json of a "
+                        "detector, its files beside it; may be repeated")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to calibrate and measure on")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="their labels, COCO JSON")
     parser.add_argument("--only", action="store_true", help="only the models given with --model")
@@ -55,7 +56,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", choices=sorted(BACKENDS), default="openvino")
-    parser.add_argument("--map-loss", type=float, default=0.005, help="what mAP may fall by before layers go back to float")
+    parser.add_argument("--map-loss", type=float, default=0.005,
+                        help="what mAP may fall by before layers go back to float")
     options = parser.parse_args()
 
     def open_backend(onnx: Any) -> Any:
@@ -94,13 +96,14 @@ class Told(Quiet):
 def _cases(options: argparse.Namespace, open_backend: Callable[[Any], Any]) -> list[tuple[Opened, list, HeldOut, str]]:
     """(model, frames to calibrate on, frames to measure on, where the labels come from) of everything to measure."""
     own = [_own(file) for file in options.model]
+    nano, plus = DATA / "models/yolox_nano", DATA / "models/nanodet_plus_m"
     known = [] if options.only else [
-        Opened(card_for_yolox(DATA / "models/yolox_nano/yolox_nano_416.onnx", "yolox_nano"), DATA / "models/yolox_nano"),
-        Opened(card_for_nanodet(DATA / "models/nanodet_plus_m/nanodet_plus_m_416.onnx", "nanodet_plus_m", size=(416, 416)),
-               DATA / "models/nanodet_plus_m")]
+        Opened(card_for_yolox(nano / "yolox_nano_416.onnx", "yolox_nano"), nano),
+        Opened(card_for_nanodet(plus / "nanodet_plus_m_416.onnx", "nanodet_plus_m", size=(416, 416)), plus)]
     if options.images and options.labels:
         taxonomy, frames, files = _coco(options.images, options.labels)
-        return [(model, *_split(frames, taxonomy, files, options.seed), str(options.labels)) for model in (*own, *known)]
+        return [(model, *_split(frames, taxonomy, files, options.seed), str(options.labels))
+                for model in (*own, *known)]
     cases = []
     for model in own:
         if options.images:
@@ -138,7 +141,8 @@ def _consensus(others: list[Opened], held_out: HeldOut, open_backend: Callable[[
     for other in others:
         for name, found in detect(other, held_out, open_backend, Quiet()).items():
             sure = found[found.confidence >= SURE]
-            drawn[name] += [Annotation(other.card.labels.labels[class_id], tuple(map(float, xyxy)), source=other.card.source)
+            labels = other.card.labels.labels
+            drawn[name] += [Annotation(labels[class_id], tuple(map(float, xyxy)), source=other.card.source)
                             for xyxy, class_id in zip(sure.xyxy, sure.class_id)]
     return tuple(replace(one, annotations=tuple(drawn[one.frame.name])) for one in held_out.frames)
 
@@ -160,7 +164,8 @@ def _coco(folder: Path, labels: Path) -> tuple[Taxonomy, list[LabeledFrame], dic
     for one in record["annotations"]:
         if min(one["bbox"][2:]) > 0:
             drawn[one["image_id"]].append(Annotation(
-                names[one["category_id"]], tuple(xywh_to_xyxy(np.array([one["bbox"]]))[0].tolist()), source="human:labels",
+                names[one["category_id"]], tuple(xywh_to_xyxy(np.array([one["bbox"]]))[0].tolist()),
+                source="human:labels",
                 attributes={"iscrowd": True} if one.get("iscrowd") else {}))
     frames, paths = [], {}
     for image in record["images"]:

@@ -38,8 +38,8 @@ class Certificates:
         """
         kept = self.of(model)
         if not kept:
-            raise Invalid(f"{model} is an INT8 model without a certificate, so it may not annotate. Run `workbench certify "
-                          f"{model} --version DATASET@VERSION`, or annotate with the FP32 version.")
+            raise Invalid(f"{model} is an INT8 model without a certificate, so it may not annotate. Run `workbench "
+                          f"certify {model} --version DATASET@VERSION`, or annotate with the FP32 version.")
         here = [one for one in kept if (one.get("file_sha256"), one.get("backend"), one.get("device")) == (
             file_sha256, report.backend, report.device)]
         found = (here or kept)[0]

@@ -29,8 +29,8 @@ GROUPS = 8
 
 
 def embed(image: np.ndarray) -> np.ndarray:
-    """What a (H, W, 3) uint8 RGB image looks like in 60 numbers: means and spreads of colour and of edges in each cell of
-    a 4 x 3 grid, plus how bright it is. Cheap, and alike for frames of one scene, light or microscope."""
+    """What a (H, W, 3) uint8 RGB image looks like in 60 numbers: means and spreads of colour and of edges in each cell
+    of a 4 x 3 grid, plus how bright it is. Cheap, and alike for frames of one scene, light or microscope."""
     small = cv2.resize(image, (64, 48), interpolation=cv2.INTER_AREA)
     lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
     edges = np.abs(cv2.Laplacian(lab[..., 0], cv2.CV_32F))
@@ -46,16 +46,18 @@ def choose(labels: Sequence[Collection[str]], embeddings: np.ndarray, count: int
     labels      of each frame, one entry an object; empty where nothing or nobody knows
     embeddings  (n, d) of the same frames, from `embed`
 
-    Frames are grouped by k-means over their embeddings. Groups take turns; each gives the frame whose labels were chosen
-    least so far. Raises Invalid for fewer than LEAST_FRAMES frames.
+    Frames are grouped by k-means over their embeddings. Groups take turns; each gives the frame whose labels were
+    chosen least so far. Raises Invalid for fewer than LEAST_FRAMES frames.
     """
     from sklearn.cluster import KMeans
 
     if min(count, len(labels)) < LEAST_FRAMES:
         raise Invalid(f"{min(count, len(labels))} frames are too few to calibrate int8 ranges; {LEAST_FRAMES} are the "
-                      "least, some hundred are better. Upload more frames to the train or val split, and publish a version.")
+                      "least, some hundred are better. Upload more frames to the train or val split, and "
+                      "publish a version.")
     random = np.random.default_rng(seed)
-    groups = KMeans(min(GROUPS, len(labels)), n_init=3, random_state=seed).fit_predict(embeddings)
+    kinds = min(GROUPS, len(np.unique(embeddings, axis=0)))
+    groups = KMeans(kinds, n_init=3, random_state=seed).fit_predict(embeddings)
     waiting = {group: [int(index) for index in random.permutation(np.nonzero(groups == group)[0])]
                for group in sorted(set(groups))}
     shown: Counter[str] = Counter()
@@ -79,8 +81,8 @@ def digest(blobs: Iterable[str], seed: int, method: str) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def check_frames(annotations: Mapping[str, Sequence[Annotation] | None], blobs: Mapping[str, str], known: Collection[str],
-                 held_out: Mapping[str, str], model: str) -> None:
+def check_frames(annotations: Mapping[str, Sequence[Annotation] | None], blobs: Mapping[str, str],
+                 known: Collection[str], held_out: Mapping[str, str], model: str) -> None:
     """Raises Invalid for calibration frames with labels the model does not know, and for frames (by their pixels) that
     the certificate is going to be measured on.
 
@@ -94,17 +96,19 @@ def check_frames(annotations: Mapping[str, Sequence[Annotation] | None], blobs: 
                           f"{', '.join(list(known)[:10])}). Calibrate on a version labelled in the model's taxonomy.")
     for name, blob in blobs.items():
         if blob in held_out:
-            raise Invalid(f"{name} has the same pixels as {held_out[blob]}, on which the certificate is measured. Give both "
-                          "the same split, publish a version and calibrate on that.")
+            raise Invalid(f"{name} has the same pixels as {held_out[blob]}, on which the certificate is measured. Give "
+                          "both the same split, publish a version and calibrate on that.")
 
 
 class Ranges:
-    """Collects how far tensors reach: a histogram of magnitudes each, whose reach doubles when a value falls outside."""
+    """Collects how far tensors reach: a histogram of magnitudes each, whose reach doubles when a value falls
+    outside."""
 
     def __init__(self) -> None:
         self._reach: dict[str, float] = {}
         self._counts: dict[str, np.ndarray] = {}
         self._largest: dict[str, float] = {}
+        self._ends: dict[str, tuple[float, float]] = {}
 
     def see(self, tensors: Mapping[str, np.ndarray], frame: str) -> None:
         """Raises Invalid, naming the frame, when a tensor holds a NaN or an infinity."""
@@ -112,8 +116,10 @@ class Ranges:
             magnitudes = np.abs(values).ravel()
             largest = float(magnitudes.max(initial=0.0))
             if not np.isfinite(largest):
-                raise Invalid(f"Calibration on {frame}: tensor {name!r} holds a NaN or an infinity. The FP32 model is broken "
-                              "on this frame; export it again or leave the frame out.")
+                raise Invalid(f"Calibration on {frame}: tensor {name!r} holds a NaN or an infinity. The FP32 model is "
+                              "broken on this frame; export it again or leave the frame out.")
+            low, high = self._ends.get(name, (np.inf, -np.inf))
+            self._ends[name] = min(low, float(values.min())), max(high, float(values.max()))
             # A whole step over a prime distance, so that no row or channel of the tensor is favoured.
             step = max(1, len(magnitudes) // SAMPLE) | 1
             self._add(name, magnitudes[::step], largest)
@@ -130,9 +136,13 @@ class Ranges:
         self._reach[name] = reach
         self._largest[name] = max(self._largest.get(name, 0.0), largest)
 
-    def of(self, method: str) -> dict[str, float]:
-        """Tensor -> the magnitude that int8's 127 stands for, by one of METHODS."""
-        return {name: min(largest, self._limit(method, name)) for name, largest in self._largest.items()}
+    def of(self, method: str) -> dict[str, tuple[float, float]]:
+        """Tensor -> the (lowest, highest) value int8 is to hold, by one of METHODS."""
+        found = {}
+        for name, (low, high) in self._ends.items():
+            limit = min(self._largest[name], self._limit(method, name))
+            found[name] = (max(low, -limit), min(high, limit))
+        return found
 
     def _limit(self, method: str, name: str) -> float:
         counts, width = self._counts[name], self._reach[name] / BINS
@@ -144,9 +154,9 @@ class Ranges:
 
 
 def _least_divergence(counts: np.ndarray) -> int:
-    """How many bins int8 should cover so that the distribution loses least (Migacz, GTC 2017: KL divergence between what
-    lies within, outliers moved to its last bin, and its LEVELS-level version). Bin 0 is left out: zeros after a Relu cost
-    nothing wherever the range ends."""
+    """How many bins int8 should cover so that the distribution loses least (Migacz, GTC 2017: KL divergence between
+    what lies within, outliers moved to its last bin, and its LEVELS-level version). Bin 0 is left out: zeros after a
+    Relu cost nothing wherever the range ends."""
     counts = counts.astype(float).copy()
     counts[0] = 0
     last = int(np.nonzero(counts)[0][-1]) + 1 if counts.any() else BINS

@@ -50,8 +50,8 @@ def compare(truth: Mapping[str, Sequence[Annotation]], fp32: Mapping[str, Detect
     confidence         at and above it a box is drawn; box_shift_px is over boxes that both draw, the largest of a
                        box's four shifts
 
-    Intervals are 95 % intervals of the loss FP32 - INT8 (of mAP, of a label's AP) over RESAMPLES draws of the frames with
-    replacement, the same draws for both (paired bootstrap; Efron and Tibshirani, 1993, chapter 13).
+    Intervals are 95 % intervals of the loss FP32 - INT8 (of mAP, of a label's AP) over RESAMPLES draws of the frames
+    with replacement, the same draws for both (paired bootstrap; Efron and Tibshirani, 1993, chapter 13).
     """
     scores = {"fp32": score(truth, fp32, taxonomy, confidence), "int8": score(truth, int8, taxonomy, confidence)}
     names = sorted(truth)
@@ -59,8 +59,8 @@ def compare(truth: Mapping[str, Sequence[Annotation]], fp32: Mapping[str, Detect
     losses: dict[str, np.ndarray] = {}
     for class_id, label in enumerate(taxonomy.labels):
         if label in scores["fp32"].per_class:
-            one, other = (_matches([truth[name] for name in names], [found.get(name) for name in names], label, class_id)
-                          for found in (fp32, int8))
+            one, other = (_matches([truth[name] for name in names], [found.get(name) for name in names],
+                                   label, class_id) for found in (fp32, int8))
             losses[label] = np.array([one.average_precision(draw) - other.average_precision(draw) for draw in draws])
     # A draw without a label's frames says nothing about it, as in COCO's mean over labels.
     with np.errstate(all="ignore"):
@@ -85,9 +85,11 @@ def judge(figures: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
         reasons.append(f"mAP falls by {figures['map_loss']:.4f}, {limits['map_loss']} is allowed.")
     for label, row in figures["per_class"].items():
         if row["boxes"] >= LEAST_BOXES and not row["interval"][0] <= limits["class_loss"]:
-            reasons.append(f"AP of {label} falls by at least {row['interval'][0]:.4f}, {limits['class_loss']} is allowed.")
+            reasons.append(f"AP of {label} falls by at least {row['interval'][0]:.4f}, {limits['class_loss']} is "
+                           "allowed.")
     if not figures["speedup"] >= limits["speedup"]:
-        reasons.append(f"It runs {figures['speedup']:.2f} times as fast as FP32 here, {limits['speedup']} is the least.")
+        reasons.append(f"It runs {figures['speedup']:.2f} times as fast as FP32 here, {limits['speedup']} is the "
+                       "least.")
     return reasons
 
 
@@ -98,8 +100,8 @@ def key(file: Path) -> bytes:
     except FileExistsError:
         kept = Path(file).read_bytes()
         if len(kept) != 32:
-            raise Invalid(f"{file} is damaged: a sealing key has 32 bytes, this has {len(kept)}. Restore it from backup, or "
-                          "remove it and certify the INT8 models again.") from None
+            raise Invalid(f"{file} is damaged: a sealing key has 32 bytes, this has {len(kept)}. Restore it from "
+                          "backup, or remove it and certify the INT8 models again.") from None
         return kept
     fresh = secrets.token_bytes(32)
     with os.fdopen(handle, "wb") as stream:
@@ -115,35 +117,38 @@ def sign(facts: Mapping[str, Any], sealing_key: bytes) -> dict[str, Any]:
     return {**sealed, "signature": _signature(sealed, sealing_key)}
 
 
-def verify(certificate: Mapping[str, Any], sealing_key: bytes, *, model: str, file_sha256: str, backend: str, device: str,
-           library: str, calibration_digest: str) -> None:
-    """Raises Invalid, each with its own sentence and next step, unless the certificate is whole, sealed by this workbench,
-    passed, and about this file, calibration, backend, device and library (major.minor)."""
+def verify(certificate: Mapping[str, Any], sealing_key: bytes, *, model: str, file_sha256: str, backend: str,
+           device: str, library: str, calibration_digest: str) -> None:
+    """Raises Invalid, each with its own sentence and next step, unless the certificate is whole, sealed by this
+    workbench, passed, and about this file, calibration, backend, device and library (major.minor)."""
     again = f"Run `workbench certify {model}` here, or annotate with the FP32 version."
     signature, by = certificate.get("signature"), certificate.get("sealed_by")
     if not isinstance(signature, str) or not re.fullmatch("[0-9a-f]{64}", signature):
         raise Invalid(f"The certificate of {model} carries no signature. {again}")
     if by != _name(sealing_key):
-        raise Invalid(f"The certificate of {model} was sealed by another workbench (key {by}, here {_name(sealing_key)}). "
-                      f"{again}")
+        raise Invalid(f"The certificate of {model} was sealed by another workbench (key {by}, here "
+                      f"{_name(sealing_key)}). {again}")
     unsigned = {name: value for name, value in certificate.items() if name != "signature"}
     if not hmac.compare_digest(signature, _signature(unsigned, sealing_key)):
-        raise Invalid(f"The certificate of {model} does not fit its signature: a figure was changed after it was sealed. "
-                      f"{again}")
+        raise Invalid(f"The certificate of {model} does not fit its signature: a figure was changed after it was "
+                      f"sealed. {again}")
     if certificate["file_sha256"] != file_sha256:
-        raise Invalid(f"The certificate of {model} is about another file (sha256 {certificate['file_sha256'][:12]}..., the "
-                      f"model's is {file_sha256[:12]}...). {again}")
+        raise Invalid(f"The certificate of {model} is about another file (sha256 {certificate['file_sha256'][:12]}..., "
+                      f"the model's is {file_sha256[:12]}...). {again}")
     if certificate["calibration_digest"] != calibration_digest:
-        raise Invalid(f"The certificate of {model} is about another calibration ({certificate['calibration_digest'][:12]}..., "
-                      f"the model's is {calibration_digest[:12] or 'unknown'}...). {again}")
+        raise Invalid(f"The certificate of {model} is about another calibration "
+                      f"({certificate['calibration_digest'][:12]}..., the model's is "
+                      f"{calibration_digest[:12] or 'unknown'}...). {again}")
     for name, given in (("backend", backend), ("device", device)):
         if certificate[name] != given:
-            raise Invalid(f"The certificate of {model} was measured on the {name} {certificate[name]}, this is {given}. {again}")
+            raise Invalid(f"The certificate of {model} was measured on the {name} {certificate[name]}, this is "
+                          f"{given}. {again}")
     if _major_minor(certificate["library"]) != _major_minor(library):
-        raise Invalid(f"The certificate of {model} was measured with {certificate['library']}, this is {library}. {again}")
+        raise Invalid(f"The certificate of {model} was measured with {certificate['library']}, this is {library}. "
+                      f"{again}")
     if certificate["passed"] is not True:
-        raise Invalid(f"{model} failed its certificate: {' '.join(certificate['reasons'])} Annotate with the FP32 version, "
-                      "or quantise again with more frames.")
+        raise Invalid(f"{model} failed its certificate: {' '.join(certificate['reasons'])} Annotate with the FP32 "
+                      "version, or quantise again with more frames.")
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,8 @@ class _Matches:
 
 def _matches(truth: Sequence[Sequence[Annotation]], found: Sequence[Detections | None], label: str,
              class_id: int) -> _Matches:
-    """Matches as COCO does (cocoeval.py, evaluateImg): best first, each to the free true box it overlaps most; what only
-    lies on a crowd does not count."""
+    """Matches as COCO does (cocoeval.py, evaluateImg): best first, each to the free true box it overlaps most; what
+    only lies on a crowd does not count."""
     frames, confidences, hits, counts, numbers = [], [], [], [], []
     for index, (annotations, given) in enumerate(zip(truth, found)):
         boxed = [(box_of(one), bool(one.attributes.get("iscrowd"))) for one in annotations
@@ -220,7 +225,8 @@ def _covered(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
     return (np.clip(sides, 0, None).prod(axis=2) / np.maximum(area, 1e-9)[:, None]).max(axis=1)
 
 
-def _shift(fp32: Mapping[str, Detections], int8: Mapping[str, Detections], confidence: float) -> dict[str, float | None]:
+def _shift(fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
+           confidence: float) -> dict[str, float | None]:
     shifts = []
     for name in fp32.keys() & int8.keys():
         one, other = (found[name][found[name].confidence >= confidence] for found in (fp32, int8))

@@ -1,12 +1,12 @@
 """Quantize: a detector's graph with explicit QuantizeLinear / DequantizeLinear nodes, one file for every backend.
 
-Weights are per-channel symmetric int8, activations per-tensor symmetric int8 (zero point 0), biases and the head's output
-convolutions float. TensorRT takes nothing else: no int32 bias, no zero point other than 0.
+Weights are per-channel symmetric int8, activations per-tensor symmetric int8 (zero point 0), biases and the head's
+output convolutions float. TensorRT takes nothing else: no int32 bias, no zero point other than 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operations that only move or choose values: what comes out lies on the grid of what went in.
 MOVING = ("MaxPool", "Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Flatten", "Identity",
           "Concat", "DepthToSpace", "SpaceToDepth", "Expand", "Tile")
-QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger",
-              "QLinearConv", "QLinearMatMul")
+# Parts of the names of operations that compute with integers, ONNX' own and ONNX Runtime's (docs/ContribOperators.md).
+INTEGER = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantize", "Integer", "QLinear", "QGemm", "QAttention", "NBits")
 # A scale below the smallest normal float32 would divide by zero on some devices.
 LEAST_RANGE = 1e-12
 
@@ -47,12 +47,12 @@ class Plan:
 
 def is_quantized(model: Any) -> bool:
     """Whether an onnx.ModelProto holds quantised operations, its subgraphs and functions included."""
-    return any(node.op_type in QUANTIZERS or node.op_type.startswith("QLinear") for node in _all_nodes(model))
+    return any(part in node.op_type for node in _all_nodes(model) for part in INTEGER)
 
 
 def prepare(model: Any) -> Any:
-    """The same computation, rewritten for int8 (see rewrite.py) and ready to be planned. Raises Invalid for a graph that
-    is quantised already or has an opset below 13 and cannot be converted."""
+    """The same computation, rewritten for int8 (see rewrite.py) and ready to be planned. Raises Invalid for a graph
+    that is quantised already or has an opset below 13 and cannot be converted."""
     if is_quantized(model):
         raise Invalid("The graph is quantised already (it holds Q/DQ or integer operations). Start from its FP32 file.")
     prepared = rewrite.prepare(model)
@@ -76,9 +76,9 @@ def plan(model: Any, float_layers: Collection[str] = ()) -> Plan:
     layers = [node for node in weighted if node.name not in head and node.name not in float_layers]
     if not layers:
         raise Invalid(
-            f"The graph has nothing to quantise: {len(weighted)} of its layers have constant weights, {len(head)} of them "
-            f"make the outputs and stay float, {len(set(float_layers) - head)} were asked to. Weights that are computed at "
-            "run time cannot be quantised; export the model with its weights as constants.")
+            f"The graph has nothing to quantise: {len(weighted)} of its layers have constant weights, {len(head)} of "
+            f"them make the outputs and stay float, {len(set(float_layers) - head)} were asked to. Weights that are "
+            "computed at run time cannot be quantised; export the model with its weights as constants.")
     parent: dict[str, str] = {}
 
     def root(tensor: str) -> str:
@@ -92,6 +92,8 @@ def plan(model: Any, float_layers: Collection[str] = ()) -> Plan:
         if node is None or not _moves(node):
             return [tensor]
         above = node.input if node.op_type == "Concat" else node.input[:1]
+        if any(name in constants for name in above):
+            return [tensor]
         return [found for name in above for found in climb(name)]
 
     needed = {node.name: climb(node.input[0]) for node in layers}
@@ -114,10 +116,14 @@ def depthwise(model: Any) -> list[str]:
             and attribute(node, "group", 1) > 1 and constants[node.input[1]].dims[1] == 1]
 
 
-def quantize(model: Any, planned: Plan, ranges: Mapping[str, float]) -> Any:
+def quantize(model: Any, planned: Plan, ranges: Mapping[str, Sequence[float]]) -> Any:
     """The prepared graph with Q/DQ nodes around what is planned.
 
-    ranges  tensor of planned.sites -> the largest magnitude it is to hold; a group takes the largest of its members
+    ranges  tensor of planned.sites -> (lowest, highest) value it is to hold; a group takes the widest of its members
+
+    Zero points are 0, so a tensor that reaches further to one side, as behind a Relu or SiLU, would waste half of the
+    levels. Where only convolutions without padding read it, its middle is taken off before it is quantised, and what
+    that changes in the sums is put into their biases: the same numbers, with twice as many levels.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -126,52 +132,92 @@ def quantize(model: Any, planned: Plan, ranges: Mapping[str, float]) -> Any:
     quantized.CopyFrom(model)
     graph = quantized.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    zeros = [numpy_helper.from_array(np.int8(0), "q_zero")]
+    made = [numpy_helper.from_array(np.int8(0), "q_zero")]
     after: dict[str, list[Any]] = {}
     renamed: dict[str, str] = {}
-    for number, group in enumerate(planned.sites):
-        largest = max(float(ranges[tensor]) for tensor in group)
-        if not np.isfinite(largest):
-            raise Invalid(f"The range of {group[0]!r} is {largest}; calibrate again.")
-        scale = np.float32(max(largest, LEAST_RANGE) / LEVELS)
-        zeros.append(numpy_helper.from_array(scale, f"q_scale_{number}"))
-        for tensor in group:
-            kept, given = f"{tensor}_q", f"{tensor}_dq"
-            after[tensor] = [
-                helper.make_node("QuantizeLinear", [tensor, f"q_scale_{number}", "q_zero"], [kept], name=kept),
-                helper.make_node("DequantizeLinear", [kept, f"q_scale_{number}", "q_zero"], [given], name=given)]
-            renamed[tensor] = given
-    weights: dict[str, str] = {}
+    middles: dict[str, np.float32] = {}
+    for number, (group, readers) in enumerate(zip(planned.sites, planned.readers)):
+        low, high = min(float(ranges[name][0]) for name in group), max(float(ranges[name][1]) for name in group)
+        if not np.isfinite([low, high]).all():
+            raise Invalid(f"The range of {group[0]!r} is {low}..{high}; calibrate again.")
+        middle = np.float32((low + high) / 2) if _can_shift(graph, group, planned.layers) else np.float32(0)
+        reach = max(high - float(middle), float(middle) - low)
+        scale = f"q_scale_{number}"
+        made.append(numpy_helper.from_array(np.float32(max(reach, LEAST_RANGE) / LEVELS), scale))
+        if middle:
+            made.append(numpy_helper.from_array(middle, f"q_middle_{number}"))
+            middles |= dict.fromkeys(readers, middle)
+        for name in group:
+            kept, given, source = f"{name}_q", f"{name}_dq", name
+            after[name] = []
+            if middle:
+                source = f"{name}_shifted"
+                after[name].append(helper.make_node("Sub", [name, f"q_middle_{number}"], [source], name=source))
+            after[name] += [helper.make_node("QuantizeLinear", [source, scale, "q_zero"], [kept], name=kept),
+                            helper.make_node("DequantizeLinear", [kept, scale, "q_zero"], [given], name=given)]
+            renamed[name] = given
+    weights: dict[str, tuple[str, np.ndarray]] = {}
     layers = set(planned.layers)
     nodes = [pair for value in graph.input for pair in after.get(value.name, ())]
-    outputs = {value.name for value in graph.output}
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            if name in renamed:
-                node.input[index] = renamed[name]
+        node.input[:] = [renamed.get(name, name) for name in node.input]
         if node.name in layers:
             key = f"{node.input[1]}_{_axis(node)}"
             if key not in weights:
-                made, initial = _quantized_weights(node, constants[node.input[1]])
-                nodes.append(made)
-                zeros += initial
-                weights[key] = made.output[0]
-            node.input[1] = weights[key]
+                dequantized, initial, rounded = _quantized_weights(node, constants[node.input[1]])
+                nodes.append(dequantized)
+                made += initial
+                weights[key] = dequantized.output[0], rounded
+            node.input[1], rounded = weights[key]
+            if node.name in middles:
+                bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] else 0
+                sums = rounded.sum(axis=tuple(range(1, rounded.ndim)))
+                del node.input[2:]
+                node.input.append(f"{node.name}_shifted_bias")
+                values = (bias + middles[node.name] * sums).astype(np.float32)
+                made.append(numpy_helper.from_array(values, node.input[2]))
         nodes.append(node)
         for output in node.output:
             nodes += after.get(output, ())
-    used = {name for node in nodes for name in node.input} | outputs
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     replace(graph.node, nodes)
-    replace(graph.initializer, [t for t in (*graph.initializer, *zeros) if t.name in used])
+    replace(graph.initializer, [tensor for tensor in (*graph.initializer, *made) if tensor.name in used])
     del graph.value_info[:]
     return quantized
 
 
-def _quantized_weights(node: Any, tensor: Any) -> tuple[Any, list[Any]]:
-    """The DequantizeLinear that gives a layer's weights, and its int8 values, scales and zero points."""
+def _can_shift(graph: Any, group: Collection[str], layers: Collection[str]) -> bool:
+    """Whether all that reads the tensors of a group, by way of what only moves values, are int8 convolutions without
+    padding and with a constant bias or none."""
+    constants = {tensor.name for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    waiting, seen = list(group), set(group)
+    while waiting:
+        name = waiting.pop()
+        if name in outputs:
+            return False
+        for node in graph.node:
+            if name not in node.input:
+                continue
+            if _moves(node) and node.input[0] != name and node.op_type != "Concat":
+                return False  # it is an index or a shape
+            if _moves(node):
+                waiting += [output for output in node.output if output not in seen]
+                seen |= set(node.output)
+            elif (node.op_type != "Conv" or node.name not in layers or any(attribute(node, "pads", ()))
+                  or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+                  or any(one and one not in constants for one in node.input[2:])):
+                return False
+    return True
+
+
+def _quantized_weights(node: Any, tensor: Any) -> tuple[Any, list[Any], np.ndarray]:
+    """The DequantizeLinear that gives a layer's weights; its int8 values, scales and zero points; what comes out of
+    it."""
     from onnx import helper, numpy_helper
 
     values, axis = numpy_helper.to_array(tensor).astype(np.float32), _axis(node)
+    axis %= values.ndim
     others = tuple(index for index in range(values.ndim) if index != axis)
     if not np.isfinite(values).all():
         raise Invalid(f"The weights of {node.name!r} hold a NaN or an infinity. Export the model again.")
@@ -182,8 +228,9 @@ def _quantized_weights(node: Any, tensor: Any) -> tuple[Any, list[Any]]:
     name = f"{tensor.name}_axis{axis}"
     made = helper.make_node("DequantizeLinear", [f"{name}_q", f"{name}_scales", f"{name}_zeros"], [f"{name}_dq"],
                             name=f"{name}_dq", axis=axis)
-    return made, [numpy_helper.from_array(whole, f"{name}_q"), numpy_helper.from_array(scales, f"{name}_scales"),
-                  numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}_zeros")]
+    initial = [numpy_helper.from_array(whole, f"{name}_q"), numpy_helper.from_array(scales, f"{name}_scales"),
+               numpy_helper.from_array(np.zeros(len(scales), np.int8), f"{name}_zeros")]
+    return made, initial, whole * scales.reshape(shape)
 
 
 def _axis(node: Any) -> int:

@@ -1,4 +1,5 @@
-"""Rewrites of a detector's graph that leave its numbers as they are and suit int8: fewer operations that only move pixels.
+"""Rewrites of a detector's graph that leave its numbers as they are and suit int8: fewer operations that only move
+pixels.
 
 prepare           opset >= 13, every node named, constants as initializers, Identity and BatchNormalization folded away
 fold_focus        four strided slices, concatenated, and a convolution become one convolution of twice the stride
@@ -34,8 +35,8 @@ def prepare(model: Any) -> Any:
         try:
             model = onnx.version_converter.convert_version(model, OPSET)
         except Exception as error:  # the converter raises RuntimeError and errors of its own
-            raise Invalid(f"The graph has opset {opset}, int8 needs {LEAST_OPSET}, and it cannot be converted: {error}. "
-                          f"Export it with opset {LEAST_OPSET} or later.") from error
+            raise Invalid(f"The graph has opset {opset}, int8 needs {LEAST_OPSET}, and it cannot be converted: "
+                          f"{error}. Export it with opset {LEAST_OPSET} or later.") from error
     prepared = onnx.ModelProto()
     prepared.CopyFrom(model)
     graph = prepared.graph
@@ -60,8 +61,8 @@ def fold_focus(model: Any) -> None:
     """Replaces the Focus layer of YOLOX and early YOLOv5 (slices at offsets 0 and 1 with step 2, concatenated, then a
     convolution) by the convolution on the whole image that it equals; in place.
 
-    Channel (dy, dx, c) at (y, x) of the concatenation is channel c at (2y + dy, 2x + dx) of the image, so a k x k kernel
-    with padding p and stride s becomes 2k x 2k with padding 2p and stride 2s.
+    Channel (dy, dx, c) at (y, x) of the concatenation is channel c at (2y + dy, 2x + dx) of the image, so a k x k
+    kernel with padding p and stride s becomes 2k x 2k with padding 2p and stride 2s.
     """
     from onnx import helper, numpy_helper
 
@@ -72,7 +73,8 @@ def fold_focus(model: Any) -> None:
         concat = maker.get(conv.input[0]) if conv.op_type == "Conv" else None
         if (concat is None or concat.op_type != "Concat" or attribute(concat, "axis", 1) != 1 or len(concat.input) != 4
                 or conv.input[1] not in constants or attribute(conv, "group", 1) != 1
-                or set(attribute(conv, "dilations", [1])) != {1} or attribute(conv, "auto_pad", b"NOTSET") != b"NOTSET"):
+                or set(attribute(conv, "dilations", [1])) != {1}
+                or attribute(conv, "auto_pad", b"NOTSET") != b"NOTSET"):
             continue
         found = [_strided(name, maker, constants) for name in concat.input]
         weights = constants[conv.input[1]]
@@ -94,8 +96,8 @@ def fold_focus(model: Any) -> None:
 
 
 def absorb_shuffles(model: Any) -> None:
-    """Takes channel shuffles (ShuffleNet's: a Gather by a permutation, or Reshape, Transpose, Reshape) out of the graph;
-    in place.
+    """Takes channel shuffles (ShuffleNet's: a Gather by a permutation, or Reshape, Transpose, Reshape) out of the
+    graph; in place.
 
     Tensors keep their channels where they are, and it is written down which is which: convolutions get their weights
     permuted, a Split becomes one into more pieces and Concats of those. Wherever an operation needs the right order and
@@ -213,7 +215,8 @@ class _Shuffles:
         if len(edges) - 1 > MOST_PIECES:
             return False
         pieces = [self._fresh(f"{node.output[0]}_piece") for _ in edges[1:]]
-        self.nodes.append(helper.make_node("Split", [name, self._constant(np.diff(edges))], pieces, axis=1, name=pieces[0]))
+        sizes_of = self._constant(np.diff(edges))
+        self.nodes.append(helper.make_node("Split", [name, sizes_of], pieces, axis=1, name=pieces[0]))
         for index, output in enumerate(node.output):
             mine = [piece for piece, edge in zip(pieces, edges) if belongs[edge] == index]
             order_of = order[belongs == index] - sum(sizes[:index])
@@ -316,7 +319,8 @@ def _strided(name: str, maker: Mapping[str, Any],
 
 def _shapes(model: Any) -> dict[str, list[int | None]]:
     values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
-    return {value.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim]
+    return {value.name: [dim.dim_value if dim.HasField("dim_value") else None
+                         for dim in value.type.tensor_type.shape.dim]
             for value in values if value.type.tensor_type.HasField("shape")}
 
 

@@ -1,4 +1,5 @@
-"""Certify: an INT8 model is measured against its FP32 origin on this device; and the door through which models annotate."""
+"""Certify: an INT8 model is measured against its FP32 origin on this device; and the door through which models
+annotate."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ ROUNDS, ROUND_S = 5, 0.4
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labelled frames that neither trained nor calibrated: `on` names them ("cells@1.0.0/test"), `read` gives pixels."""
+    """Labelled frames that neither trained nor calibrated: `on` names them ("cells@1.0.0/test"), `read` gives
+    pixels."""
 
     on: str
     frames: tuple[LabeledFrame, ...]
@@ -66,14 +68,14 @@ def open_annotator(ref: str, *, models: ModelStore, open_backend: OpenBackend, c
     needs_certificate = is_quantized(read_graph(folder / card.onnx)[1]) or bool(card.quantization)
     with Detector(card, folder, open_backend, **thresholds) as detector:
         if needs_certificate:
-            certificates.check(ref, file_sha256=card.files[card.onnx]["sha256"], calibration_digest=calibration_of(card),
-                               report=detector.report)
+            certificates.check(ref, file_sha256=card.files[card.onnx]["sha256"],
+                               calibration_digest=calibration_of(card), report=detector.report)
         yield detector
 
 
-def certify(model: str, version: str, *, split: str = "test", against: str = "", limits: Mapping[str, float] | None = None,
-            models: ModelStore, store: DatasetStore, blobs: Blobs, certificates: Certificates, open_backend: OpenBackend,
-            job: Job, person: str) -> dict[str, Any]:
+def certify(model: str, version: str, *, split: str = "test", against: str = "",
+            limits: Mapping[str, float] | None = None, models: ModelStore, store: DatasetStore, blobs: Blobs,
+            certificates: Certificates, open_backend: OpenBackend, job: Job, person: str) -> dict[str, Any]:
     """Measures a registered INT8 version against its FP32 origin on a split, here and now; seals, keeps and returns the
     certificate, whether it passed or not.
 
@@ -86,22 +88,23 @@ def certify(model: str, version: str, *, split: str = "test", against: str = "",
     card = models.card(model)
     opened = Opened(card, models.folder(model))
     if not is_quantized(read_graph(opened.folder / card.onnx)[1]):
-        raise Invalid(f"{model} is no INT8 model, so it needs no certificate. `workbench quantize {model}` makes one of it.")
+        raise Invalid(f"{model} is no INT8 model, so it needs no certificate. `workbench quantize {model}` "
+                      "makes one of it.")
     against = against or card.quantization.get("from", "")
     if not against:
         raise Invalid(f"{model} does not say which FP32 version it was made from. Name it with --against.")
     origin = Opened(models.card(against), models.folder(against))
     expected, given = card.quantization.get("from_sha256"), origin.card.files[origin.card.onnx]["sha256"]
     if expected not in (None, given):
-        raise Invalid(f"{model} was made from a file of sha256 {expected[:12]}..., {against} is {given[:12]}.... Name the right "
-                      "FP32 version with --against.")
+        raise Invalid(f"{model} was made from a file of sha256 {expected[:12]}..., {against} is {given[:12]}.... Name "
+                      "the right FP32 version with --against.")
     held_out = held_out_of(version, split, origin.card, store, blobs)
     return certificates.add(measure(opened, origin, held_out, open_backend, job, limits), person)
 
 
 def held_out_of(version: str, split: str, card: ModelCard, store: DatasetStore, blobs: Blobs) -> HeldOut:
-    """Raises Invalid for a split that does not exist or has no labelled box, and when the model knows none of its labels or
-    draws no boxes."""
+    """Raises Invalid for a split that does not exist or has no labelled box, and when the model knows none of its
+    labels or draws no boxes."""
     if split not in SPLITS:
         raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
     if card.task == "tags":
@@ -109,8 +112,8 @@ def held_out_of(version: str, split: str, card: ModelCard, store: DatasetStore, 
     manifest = store.manifest(version)
     frames = manifest.split(split)
     if not any(one.annotations for one in frames):
-        raise Invalid(f"{version} has no labelled box in its {split} split, so nothing can be certified on it. Review frames "
-                      "of that split and publish a version.")
+        raise Invalid(f"{version} has no labelled box in its {split} split, so nothing can be certified on it. Review "
+                      "frames of that split and publish a version.")
     if not card.labels.map_to(manifest.taxonomy).pairs:
         raise Invalid(f"{card.ref} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
                       f"{', '.join(manifest.taxonomy.labels[:10])}. Choose a data set of the model's own kind.")
@@ -151,7 +154,8 @@ def measure(int8: Opened, fp32: Opened, held_out: HeldOut, open_backend: OpenBac
 
 
 def detect(model: Opened, held_out: HeldOut, open_backend: OpenBackend, job: Job) -> dict[str, Detections]:
-    """Frame name -> all boxes a model finds there, class ids of the data set's taxonomy; Invalid for an unreadable frame."""
+    """Frame name -> all boxes a model finds there, class ids of the data set's taxonomy; Invalid for an unreadable
+    frame."""
     card, found = model.card, {}
     translate = class_ids(card.labels, card.labels.map_to(held_out.taxonomy), held_out.taxonomy)
     with Detector(card, model.folder, open_backend, confidence=LEAST_CONFIDENCE, confidence_by_label={}) as detector:
@@ -165,10 +169,11 @@ def detect(model: Opened, held_out: HeldOut, open_backend: OpenBackend, job: Job
     return found
 
 
-def throughput(models: Mapping[str, Opened], open_backend: OpenBackend, rounds: int = ROUNDS,
-               round_s: float = ROUND_S) -> tuple[dict[str, float], Any]:
+def throughput(models: Mapping[str, Opened], open_backend: OpenBackend, rounds: int | None = None,
+               round_s: float | None = None) -> tuple[dict[str, float], Any]:
     """Images per second of each model's graph in its standard form, fed with ready canvases by as many threads as its
     backend has streams; and the BackendReport of the last. The models take turns; the median of the rounds counts."""
+    rounds, round_s = rounds or ROUNDS, round_s or ROUND_S
     seen: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack:
         detectors = {name: stack.enter_context(Detector(one.card, one.folder, open_backend))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from workbench.inference.graph import Graph, file_record, read_graph
 from workbench.inference.pixels import decode_frame, decode_image
 from workbench.inference.quantize import Plan, depthwise, plan, prepare
 from workbench.inference.quantize import quantize as quantized
-from workbench.inference.standard import dynamic_batch, pixels_inside
+from workbench.inference.standard import pixels_inside
 from workbench.model import ModelCard
 from workbench.ports import DatasetStore, Job, ModelStore
 from workbench.steps.certify import HeldOut, Opened, certify, detect, held_out_of, measure, open_annotator, throughput
@@ -43,7 +44,10 @@ LOOKED_AT = 5
 GROUPS = 12
 MOST_ATTEMPTS = 16
 # A loss of speed that nobody notices, beside what the accuracy of depthwise layers gains in float.
-ABOUT_AS_FAST = 0.95
+ABOUT_AS_FAST = 0.92
+
+# Tensor -> the lowest and highest value int8 holds of it.
+Ends = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Quantized:
 
     agreement      kind of ranges -> mAP@[.5:.95] of INT8 against FP32's own boxes on frames that did not calibrate
     float_layers   layers that went back to float; those of the head are float anyway
-    attempts       {"went_float", "why", "map_loss", "speedup", "reasons"} of each file that was measured, in order: which
-                   layers had just gone back to float and why, and what the file then lost, gained and failed in
+    attempts       {"went_float", "why", "map_loss", "speedup", "reasons"} of each file that was measured, in order:
+                   which layers had just gone back to float and why, and what the file then lost, gained and failed in
     certificate    of the registered file
     is_new         False when the version and its certificate were there already
     """
@@ -84,9 +88,9 @@ def quantize(model: str, version: str, *, split: str = "test", frames: int = DEF
     limits   over certificate.LIMITS
     scratch  folder for what a repeat of a killed job need not compute again
 
-    When the certificate's limits are not met, the groups of layers that move the outputs most go back to float one after
-    the other. Nothing is registered when that does not help either (Invalid, with the reasons), or when the calibration
-    is refused. The same again is a no-op; other frames or another seed under the same reference a Conflict.
+    When the certificate's limits are not met, the groups of layers that move the outputs most go back to float one
+    after the other. Nothing is registered when that does not help either (Invalid, with the reasons), or when the
+    calibration is refused. The same again is a no-op; other frames or another seed under the same reference a Conflict.
     """
     origin = Opened(models.card(model), models.folder(model))
     held_out = held_out_of(version, split, origin.card, store, blobs)
@@ -94,14 +98,15 @@ def quantize(model: str, version: str, *, split: str = "test", frames: int = DEF
     chosen, rest = choose(origin, pool, held_out, frames, seed, job)
     ref = f"{origin.card.ref}{SUFFIX}"
     if ref in models.refs():
-        return _there(ref, origin, chosen, seed, version, split, limits, models, store, blobs, certificates, open_backend,
-                      job, person)
+        return _there(ref, origin, chosen, seed, version, split, limits, models, store, blobs, certificates,
+                      open_backend, job, person)
     with tempfile.TemporaryDirectory(prefix="quantize-") as folder:
         made, report = build(origin, held_out, chosen, rest, seed, open_backend, job, Path(folder), limits, scratch)
         if not report["facts"]["passed"]:
-            raise Invalid(f"{model} cannot be quantised within the limits: {' '.join(report['facts']['reasons'])} That is with "
-                          f"{len(made.card.quantization['float_layers'])} layers back in float. Give more frames to calibrate "
-                          "and to certify on, or keep annotating with the FP32 version. Nothing was registered.")
+            raise Invalid(f"{model} cannot be quantised within the limits: {' '.join(report['facts']['reasons'])} That "
+                          f"is with {len(made.card.quantization['float_layers'])} layers back in float. Give more "
+                          "frames to calibrate and to certify on, or keep annotating with the FP32 version. Nothing "
+                          "was registered.")
         check_card(made.card, made.folder, open_backend)
         models.register(made.card, made.folder)
     kept = certificates.add(report["facts"], person)
@@ -112,7 +117,8 @@ def quantize(model: str, version: str, *, split: str = "test", frames: int = DEF
 
 def choose(origin: Opened, pool: Sequence[LabeledFrame], held_out: HeldOut, count: int, seed: int,
            job: Job) -> tuple[list[LabeledFrame], list[LabeledFrame]]:
-    """The frames that calibrate, and some others of the pool (at most SELECTION; the calibrating ones when there are none).
+    """The frames that calibrate, and some others of the pool (at most SELECTION; the calibrating ones when there are
+    none).
 
     Raises Invalid for too few frames, labels the model does not know, and pixels that are held out.
     """
@@ -142,17 +148,20 @@ def choose(origin: Opened, pool: Sequence[LabeledFrame], held_out: HeldOut, coun
 def build(origin: Opened, held_out: HeldOut, chosen: Sequence[LabeledFrame], rest: Sequence[LabeledFrame], seed: int,
           open_backend: OpenBackend, job: Job, folder: Path, limits: Mapping[str, float] | None = None,
           scratch: Path | None = None) -> tuple[Opened, dict[str, Any]]:
-    """The INT8 model that meets the limits, or the last one tried, its files in `folder`, and {"facts": of its certificate,
-    "agreement", "attempts"}.
+    """The INT8 model that meets the limits, or the last one tried, its files in `folder`, and {"facts": of its
+    certificate, "agreement", "attempts"}.
 
     chosen, rest  frames that calibrate, and frames on which ranges and layers are compared
     """
-    graph, spec = pixels_inside(read_graph(origin.folder / origin.card.onnx)[1], origin.card.input)
-    graph = prepare(dynamic_batch(graph))
+    try:
+        graph, spec = pixels_inside(read_graph(origin.folder / origin.card.onnx)[1], origin.card.input)
+        graph = prepare(graph)
+        whole = plan(graph)
+    except Invalid as error:
+        raise Invalid(f"{origin.card.onnx} of {origin.card.ref}: {error}") from error
     making = _Making(origin, graph, replace(origin.card, input=spec), chosen, seed, open_backend, folder)
-    whole = plan(graph)
-    ranges = _ranges(making, whole, held_out, job, scratch)
-    floats, why = _slow_in_int8(making, whole, ranges["minmax"], job)
+    ranges = _kept(scratch, making, whole, "ranges", lambda: _ranges(making, whole, held_out, job))
+    floats, why = _kept(scratch, making, whole, "slow", lambda: _slow_in_int8(making, whole, ranges["minmax"], job))
     planned = plan(graph, floats)
     agreement = _agreement(making, planned, floats, ranges, replace(held_out, frames=tuple(rest)), job)
     method = max(METHODS, key=lambda name: agreement[name])
@@ -204,7 +213,7 @@ class _Making:
         image = decode_frame(held_out.read(one.frame), one.frame.name, size, detector.least_size(size))
         return detector.prepare(image, size).tensor[None]
 
-    def model(self, planned: Plan, ranges: Mapping[str, float], method: str, floats: Sequence[str] = ()) -> Opened:
+    def model(self, planned: Plan, ranges: Ends, method: str, floats: Sequence[str] = ()) -> Opened:
         import onnx
 
         card, folder = self.card, Path(tempfile.mkdtemp(dir=self.folder))
@@ -231,12 +240,14 @@ def _there(ref: str, origin: Opened, chosen: Sequence[LabeledFrame], seed: int, 
     digest = calibration.digest((one.frame.blob for one in chosen), seed, str(about.get("ranges")))
     if (about.get("from_sha256"), about.get("calibration_digest")) != (
             origin.card.files[origin.card.onnx]["sha256"], digest):
-        raise Conflict(f"{ref} is registered already, made with another calibration (frames, seed or file). A version never "
-                       f"changes: use it (`workbench certify {ref}`), or register the FP32 model under a new version first.")
+        raise Conflict(f"{ref} is registered already, made with another calibration (frames, seed or file). A version "
+                       f"never changes: use it (`workbench certify {ref}`), or register the FP32 model under a new "
+                       "version first.")
     with open_backend(models.folder(ref) / card.onnx) as backend:
         report = backend.report
     try:
-        kept = certificates.check(ref, file_sha256=card.files[card.onnx]["sha256"], calibration_digest=digest, report=report)
+        kept = certificates.check(ref, file_sha256=card.files[card.onnx]["sha256"], calibration_digest=digest,
+                                  report=report)
         is_new = False
     except Invalid:
         # Killed between registration and certificate, or another device or library: only the measurement is missing.
@@ -247,17 +258,9 @@ def _there(ref: str, origin: Opened, chosen: Sequence[LabeledFrame], seed: int, 
                      is_new)
 
 
-def _ranges(making: _Making, whole: Plan, held_out: HeldOut, job: Job,
-            scratch: Path | None) -> dict[str, dict[str, float]]:
-    """Kind of ranges -> tensor -> magnitude, from the activations of the calibration frames."""
-    digest = calibration.digest((one.frame.blob for one in making.chosen), making.seed, "all")
-    sha256 = making.card.files[making.card.onnx]["sha256"]
-    kept = scratch / f"ranges-{sha256[:16]}-{digest[:16]}.json" if scratch else None
+def _ranges(making: _Making, whole: Plan, held_out: HeldOut, job: Job) -> dict[str, dict[str, list[float]]]:
+    """Kind of ranges -> tensor -> its ends, from the activations of the calibration frames."""
     tensors = sorted({tensor for group in whole.sites for tensor in group})
-    if kept is not None and kept.is_file():
-        found = json.loads(kept.read_text())
-        if set(found) == set(METHODS) and all(set(found[method]) == set(tensors) for method in METHODS):
-            return found
     inputs = {value.name for value in making.graph.graph.input}
     shown = calibration.observed(making.graph, [name for name in tensors if name not in inputs])
     seen = Ranges()
@@ -268,16 +271,27 @@ def _ranges(making: _Making, whole: Plan, held_out: HeldOut, job: Job,
             outputs = {**backend.run(batch), **{name: batch for name in inputs}}
             seen.see({name: outputs[name] for name in tensors}, one.frame.name)
             job.progress(index + 1, len(making.chosen), "calibrating")
-    found = {method: seen.of(method) for method in METHODS}
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        half = kept.with_suffix(f".{os.getpid()}")
-        half.write_text(json.dumps(found))
-        half.replace(kept)
-    return found
+    return {method: {name: list(ends) for name, ends in seen.of(method).items()} for method in METHODS}
 
 
-def _slow_in_int8(making: _Making, whole: Plan, ranges: Mapping[str, float], job: Job) -> tuple[list[str], str]:
+def _kept(scratch: Path | None, making: _Making, whole: Plan, what: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives (plain JSON), from an earlier attempt where there was one: so that a repeat of a killed job
+    goes on sooner, and comes to the same file."""
+    if scratch is None:
+        return make()
+    about = [making.card.files[making.card.onnx]["sha256"], making.seed,
+             sorted(one.frame.blob for one in making.chosen), whole.sites]
+    file = scratch / f"{what}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
+    if not file.is_file():
+        made = make()
+        scratch.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}")
+        half.write_text(json.dumps(made))
+        half.replace(file)
+    return json.loads(file.read_text())
+
+
+def _slow_in_int8(making: _Making, whole: Plan, ranges: Ends, job: Job) -> tuple[list[str], str]:
     """Depthwise layers, when the graph is about as fast with them in float, and why: they do so little with each value
     that int8 may gain nothing, while it costs the more the further their channels' ranges lie apart."""
     names = [name for name in depthwise(making.graph) if name in whole.layers]
@@ -292,7 +306,7 @@ def _slow_in_int8(making: _Making, whole: Plan, ranges: Mapping[str, float], job
                    f"{speeds['int8']:.1f} in int8")
 
 
-def _agreement(making: _Making, planned: Plan, floats: Sequence[str], ranges: Mapping[str, Mapping[str, float]], frames: HeldOut,
+def _agreement(making: _Making, planned: Plan, floats: Sequence[str], ranges: Mapping[str, Ends], frames: HeldOut,
                job: Job) -> dict[str, float]:
     """How well INT8 with each kind of ranges finds what FP32 finds: mAP against the boxes FP32 would draw.
 
@@ -305,8 +319,9 @@ def _agreement(making: _Making, planned: Plan, floats: Sequence[str], ranges: Ma
     confidence = max(making.card.decoder.get("confidence", 0), DEFAULT_CONFIDENCE)
     truth = {name: _annotations(found[found.confidence >= confidence], making.card) for name, found in wanted.items()}
     if not any(truth.values()):
-        raise Invalid(f"{making.card.ref} finds nothing on {len(truth)} frames of {frames.on.partition('/')[0]}, so kinds of "
-                      "ranges cannot be told apart. Calibrate on frames that show what the model was trained for.")
+        raise Invalid(f"{making.card.ref} finds nothing on {len(truth)} frames of {frames.on.partition('/')[0]}, so "
+                      "kinds of ranges cannot be told apart. Calibrate on frames that show what the model was "
+                      "trained for.")
     agreement = {}
     for method in METHODS:
         made = making.model(planned, ranges[method], method, floats)
@@ -320,13 +335,13 @@ def _annotations(found: Detections, card: ModelCard) -> tuple[Annotation, ...]:
                  for xyxy, class_id in zip(found.xyxy, found.class_id))
 
 
-def _sensitive(making: _Making, planned: Plan, ranges: Mapping[str, float], frames: Sequence[LabeledFrame],
+def _sensitive(making: _Making, planned: Plan, ranges: Ends, frames: Sequence[LabeledFrame],
                held_out: HeldOut, job: Job) -> Iterator[tuple[float, tuple[str, ...]]]:
     """(error, layers) of the layers that read one quantised tensor, about the most sensitive first: how far the outputs
     move, relative to their size, when they alone are int8.
 
-    Tensors are looked at in GROUPS neighbourhoods; the one that moves the outputs most is halved until it is one tensor.
-    That finds the few that matter in a fraction of the runs that looking at each would take.
+    Tensors are looked at in GROUPS neighbourhoods; the one that moves the outputs most is halved until it is one
+    tensor. That finds the few that matter in a fraction of the runs that looking at each would take.
     """
     batches = [making.canvas(one, held_out) for one in frames]
 
