@@ -8,9 +8,8 @@ cvat_sdk  the loop of cvat_sdk.auto_annotation.annotate_task: PIL image, Detecti
           validate_and_remap. Left out in its favour: CVAT's server, download and upload.
 fiftyone  Dataset.apply_model with a fiftyone.Model, on a real mongod; reading and saving samples are part of it
 
-The rivals run the model's own file one image a call with all cores, normalise in numpy, and decode boxes with our (fast)
-functions: in ONNX Runtime with its default settings, which is how its documentation and CVAT's and FiftyOne's users run an
-ONNX file (vs_cvat_sdk, vs_fiftyone), and in OpenVINO through our adapter (vs_cvat_sdk_openvino, vs_fiftyone_openvino).
+The rivals run the model's own file one image a call with all cores, normalise in numpy, and decode boxes with our
+(fast) functions: in ONNX Runtime with its default settings, as its documentation shows (vs_cvat_sdk, vs_fiftyone), and in OpenVINO through our adapter (vs_cvat_sdk_openvino, vs_fiftyone_openvino).
 
 Last line: JSON; images_per_s, of_limit = images_per_s / min(bare, decode), of_shared_limit = images_per_s * (1 / bare +
 1 / decode): what is left of the limit that decoding whole images and inference have on the same cores (decoding at a
@@ -62,14 +61,14 @@ QUALITY = 80
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=SHARED / "images" / "coco_val100", help="folder of pictures")
-    parser.add_argument("--model", type=Path, help="card.json with its files beside it; default: NanoDet-Plus of shared data")
-    parser.add_argument("--rival-model", type=Path, help="card.json of what the rivals run, where --model is an INT8 version: "
-                        "the FP32 file it was made from; default: --model")
-    parser.add_argument("--count", type=int, default=200, help="frames a round; the pictures are repeated to make as many")
+    parser.add_argument("--model", type=Path, help="card.json, its files beside it; default: NanoDet-Plus of shared data")
+    parser.add_argument("--rival-model", type=Path, help="card.json of what the rivals run, where --model is an INT8 "
+                        "version: the FP32 file it was made from; default: --model")
+    parser.add_argument("--count", type=int, default=200, help="frames a round; pictures are repeated to make as many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
     parser.add_argument("--only-ours", action="store_true", help="leave the rivals out")
-    parser.add_argument("--memory", type=int, metavar="N", help="annotate N frames and tell the peak memory, nothing else")
+    parser.add_argument("--memory", type=int, metavar="N", help="only annotate N frames and tell the peak memory")
     options = parser.parse_args()
     card, folder = _model(options.model)
     theirs, their_folder = _model(options.rival_model) if options.rival_model else (card, folder)
@@ -82,8 +81,8 @@ def main() -> None:
         opener = _opener(options.backend, threads)
         plan = plan_for(card, folder, opener, scratch / "plans.json", cores=threads)
         detector = stack.enter_context(Detector(card, folder, plan.opening(opener), batch=plan.batch))
-        facts = {**vars(detector.report), "model": card.ref, "rival_model": theirs.ref, "batch": plan.batch, "streams": detector.streams,
-                 "cores": threads, "frame": list(SIZE), "jpeg_quality": QUALITY}
+        facts = {**vars(detector.report), "model": card.ref, "rival_model": theirs.ref, "batch": plan.batch,
+                 "streams": detector.streams, "cores": threads, "frame": list(SIZE), "jpeg_quality": QUALITY}
         if options.memory:
             print(json.dumps({**_memory(detector, files, options.memory, plan), **facts}))
             return
@@ -157,7 +156,8 @@ def _jpegs(images: Path, folder: Path, count: int) -> list[Path]:
 def _ours(detector: Detector, files: Sequence[Path], plan: Plan) -> int:
     frames = ((path, Frame(path.name, *SIZE, blob="0" * 32)) for path in files)
     folder, boxes = files[0].parent, 0
-    for path, found in detect_frames(detector, frames, lambda frame: (folder / frame.name).read_bytes(), batch=plan.batch):
+    stream = detect_frames(detector, frames, lambda frame: (folder / frame.name).read_bytes(), batch=plan.batch)
+    for _, found in stream:
         if isinstance(found, WorkbenchError):
             raise found
         boxes += len(found)

@@ -136,6 +136,16 @@ def test_weights_in_a_file_beside_the_graph_are_read_and_those_elsewhere_refused
             open_graph(inside / "away.onnx")
 
 
+def test_views_and_arrays_that_may_not_be_written_are_taken(open_graph: Open, tmp_path: Path) -> None:
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    locked = images.copy()
+    locked.flags.writeable = False
+    with open_graph(graphs.affine(tmp_path / "m.onnx")) as backend:
+        for given in (locked, locked[:1], np.frombuffer(images.tobytes(), np.uint8).reshape(images.shape), images[::-1],
+                      images.transpose(0, 2, 1, 3), np.broadcast_to(images[:1], (4, 2, 2, 3))):
+            np.testing.assert_array_equal(backend.run(given)["double"], given * 2.0)
+
+
 def test_a_closed_backend_refuses_to_run(open_graph: Open, tmp_path: Path) -> None:
     with open_graph(graphs.affine(tmp_path / "m.onnx")) as backend:
         pass

@@ -60,8 +60,8 @@ def test_every_command_explains_itself(config: Config, command: str) -> None:
         assert not isinstance(option, cli.click.Option) or option.help or option.name in ("split", "kind"), option.name
 
 
-def test_every_job_kind_has_a_command_but_the_one_that_knows_the_truth() -> None:
-    assert set(kinds.ARGUMENTS) == {*STEPS, "correct"}
+def test_every_job_kind_has_a_command_but_those_of_the_demo_and_of_the_cvat_page() -> None:
+    assert set(kinds.ARGUMENTS) == {*STEPS, "correct", "pull", "send"}
 
 
 @pytest.mark.parametrize("words, code, says", [

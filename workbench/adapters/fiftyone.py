@@ -48,6 +48,8 @@ EDGE_PX = 0.5  # how far a box may leave its frame, as workbench.dataset.Manifes
 class FiftyOneServer:
     """mongo_url: FiftyOne's database; app_url: where a browser finds its app. Nothing connects before first use."""
 
+    write_batch = 16
+
     def __init__(self, mongo_url: str, app_url: str) -> None:
         self._mongo_url = mongo_url
         self._app_url = app_url.rstrip("/")

@@ -109,7 +109,9 @@ class OpenVINO:
             if key not in slot:
                 slot[key] = self._compiled_for(key).create_infer_request()
             request = slot[key]
-            request.set_input_tensor(self._openvino.Tensor(np.ascontiguousarray(batch), shared_memory=True))
+            # It shares memory only with arrays that may be written to.
+            given = np.require(batch, requirements=["C_CONTIGUOUS", "WRITEABLE"])
+            request.set_input_tensor(self._openvino.Tensor(given, shared_memory=True))
             request.infer()
             # Copied: the request writes its next results into the same memory.
             return {name: np.array(request.get_output_tensor(index).data, np.float32)

@@ -52,8 +52,8 @@ class Detector:
                            number, if it then treats them alike
 
     The graph is opened in its standard form (inference/standard.py), so a canvas of pixels is all it takes. detect,
-    prepare and detect_prepared may be called from several threads; `streams` runs go at once. Opening raises Invalid when a file has another sha256 than the card says or the graph's input is not what the card
-    describes.
+    prepare and detect_prepared may be called from several threads; `streams` runs go at once. Opening raises Invalid
+    when a file has another sha256 than the card says or the graph's input is not what the card describes.
     """
 
     def __init__(self, card: ModelCard, folder: Path, open_backend: OpenBackend, *, confidence: float | None = None,
@@ -173,14 +173,17 @@ class Detector:
                 backend = self._opened(source)
                 stack.push(backend)
                 both, singles = backend.run(canvases), [backend.run(canvas[None]) for canvas in canvases]
-                # Sums of float32 in another order differ in their last bits, more so after many layers.
-                if all(len(values) == 2 and np.allclose(values, np.concatenate([one[name] for one in singles]), rtol=1e-3,
-                                                        atol=1e-3 * np.abs(values).max()) for name, values in both.items()):
+                if all(_alike(values, np.concatenate([one[name] for one in singles])) for name, values in both.items()):
                     stack.pop_all()
                     return backend
         except Invalid:
             return None  # it fixes its batch in other places too, so it cannot be opened or run
         return None
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    # Sums of float32 in another order differ in their last bits, more so after many layers.
+    return one.shape == other.shape and np.allclose(one, other, rtol=1e-3, atol=1e-3 * np.abs(other).max())
 
 
 def check_card(card: ModelCard, folder: Path, open_backend: OpenBackend) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,19 +83,20 @@ def detect_frames(
     source = iter(frames)
     queue: deque[tuple[list[T], Future]] = deque()
     threads = threads or max(detector.streams, os.cpu_count() or 1)
-    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="detect") as pool:
-        under_way = 0
-        try:
-            while True:
-                while under_way < ahead + batch and (group := list(islice(source, batch))):
-                    queue.append(([key for key, _ in group], pool.submit(work, [frame for _, frame in group])))
-                    under_way += len(group)
-                if not queue:
-                    return
-                keys, future = queue.popleft()
-                for key, found in zip(keys, future.result(), strict=True):
-                    under_way -= 1
-                    yield key, found
-        finally:
-            for _, future in queue:
-                future.cancel()
+    own: set[int] = set()
+    pool = ThreadPoolExecutor(threads, "detect", initializer=lambda: own.add(threading.get_ident()))
+    under_way = 0
+    try:
+        while True:
+            while under_way < ahead + batch and (group := list(islice(source, batch))):
+                queue.append(([key for key, _ in group], pool.submit(work, [frame for _, frame in group])))
+                under_way += len(group)
+            if not queue:
+                return
+            keys, future = queue.popleft()
+            for key, found in zip(keys, future.result(), strict=True):
+                under_way -= 1
+                yield key, found
+    finally:
+        # Whoever forgets to close this may have it collected in one of its own threads, which cannot wait for itself.
+        pool.shutdown(wait=threading.get_ident() not in own, cancel_futures=True)

@@ -106,4 +106,5 @@ def _shrunk(side: int, factor: int) -> int:
 
 
 def _other_size(name: str, found: tuple[int, int], size: tuple[int, int]) -> Invalid:
-    return Invalid(f"{name} is {found[0]} x {found[1]} px, its record says {size[0]} x {size[1]}. Upload the frame again.")
+    return Invalid(f"{name} is {found[0]} x {found[1]} px, its record says {size[0]} x {size[1]}. Upload the frame "
+                   "again.")

@@ -21,7 +21,7 @@ def pixels_inside(model: Any, spec: InputSpec) -> tuple[Any, InputSpec]:
     spec   the input on the model's card
 
     Returns the onnx.ModelProto, whose input has the same name and batch axis and the sides of `spec`, and the spec that
-    now describes it: NHWC, uint8, RGB, scale 1, mean 0, std 1. A model that is in this form already comes back as it is.
+    now describes it: NHWC, uint8, RGB, scale 1, mean 0, std 1. A model in this form already comes back as it is.
     The arithmetic is float32, in the order (pixel * (scale / std)) - mean / std. Raises Invalid for a graph whose input
     is not what `spec` says, and for one of an opset below 7.
     """
@@ -102,7 +102,8 @@ def dynamic_batch(model: Any) -> Any:
     made = _copied(model)
     graph = made.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    made_by = {node.output[0]: node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"}
+    made_by = {node.output[0]: node for node in graph.node
+               if node.op_type == "Constant" and node.attribute[0].name == "value"}
     weights = {*constants, *(node.output[0] for node in graph.node if node.op_type == "Constant")}
     for node in graph.node:
         if node.op_type != "Reshape" or len(node.input) < 2 or node.input[0] in weights or any(
@@ -114,7 +115,8 @@ def dynamic_batch(model: Any) -> Any:
         if shape is None or len(shape) < 2 or shape[0] != 1:
             continue
         # 0 takes the axis over from what goes in. A shape may serve several nodes, so each gets its own.
-        freed = numpy_helper.from_array(np.concatenate([[0], shape[1:]]).astype(np.int64), f"{node.output[0]}_any_batch")
+        free = np.concatenate([[0], shape[1:]]).astype(np.int64)
+        freed = numpy_helper.from_array(free, f"{node.output[0]}_any_batch")
         graph.initializer.append(freed)
         node.input[1] = freed.name
     for value in (image_input(made), *graph.output):
@@ -147,13 +149,13 @@ def _check(value: Any, spec: InputSpec) -> None:
     wanted = (1, *sides, 3) if spec.layout == "NHWC" else (1, 3, *sides)
     if len(shape) != 4 or any(given not in (None, need) for given, need in zip(shape[1:], wanted[1:])) or (
             shape[0] not in (None, 1)):
-        raise Invalid(f"the graph takes {_shape(shape)}, its card says {spec.layout} {_shape(wanted)} with a batch of 1 or any. "
-                      "Correct the card's input or export the graph again.")
+        raise Invalid(f"the graph takes {_shape(shape)}, its card says {spec.layout} {_shape(wanted)} with a batch of 1 "
+                      "or any. Correct the card's input or export the graph again.")
     fitting = (TensorProto.UINT8,) if spec.dtype == "uint8" else (
         TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
     if kind.elem_type not in fitting:
-        raise Invalid(f"the graph takes {TensorProto.DataType.Name(kind.elem_type).lower()} {_shape(shape)}, its card says "
-                      f"{spec.dtype}. Correct the card's input or export the graph again.")
+        name = TensorProto.DataType.Name(kind.elem_type).lower()
+        raise Invalid(f"the graph takes {name} {_shape(shape)}, its card says {spec.dtype}. Correct the card's input or export the graph again.")
 
 
 def _shape(shape: Iterable[int | None]) -> str:

@@ -71,7 +71,8 @@ def detect_tiles(detector: Detector, image: np.ndarray, tiling: Tiling, batch: i
     views = tiles + [(0, 0, width, height)] * (tiling.whole and len(tiles) > 1)
     found: list[Detections] = []
     for start in range(0, len(views), batch):
-        part = [detector.prepare(np.ascontiguousarray(image[y1:y2, x1:x2])) for x1, y1, x2, y2 in views[start:start + batch]]
+        part = [detector.prepare(np.ascontiguousarray(image[y1:y2, x1:x2]))
+                for x1, y1, x2, y2 in views[start:start + batch]]
         filled = part + [part[-1]] * (batch - len(part)) if detector.batch_is_dynamic else part
         found += detector.detect_prepared(filled)[:len(part)]
     return merge(found, views, (width, height), detector.iou, detector.most)
@@ -136,8 +137,8 @@ def _covered(parts: _Boxes, whole: _Boxes) -> np.ndarray:
 
 
 def _joined(parts: _Boxes) -> _Boxes:
-    """Parts that meet become their hull, the best fitting first, until none meet any more: an object may lie across more
-    than two tiles."""
+    """Parts that meet become their hull, the best fitting first, until none meet any more: an object may lie across
+    more than two tiles."""
     while len(parts.xyxy) > 1:
         fit = _fit(parts)
         one, other = np.unravel_index(fit.argmax(), fit.shape)

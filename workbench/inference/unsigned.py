@@ -11,9 +11,9 @@ def unsigned_activations(model: Any) -> Any:
     """A Q/DQ graph whose activations are uint8 around 128 instead of int8 around 0: the same numbers, since
     round(x / scale) is saturated to -128..127 in the one and to 0..255, 128 higher, in the other.
 
-    CPUs multiply unsigned activations by signed weights. For signed activations ONNX Runtime is 1.5 to 3 times slower, and
-    OpenVINO (2026.4) wrong: it runs a convolution that reads a Concat of them on values cut at 0. What is not plainly
-    quantised and dequantised stays as it is.
+    CPUs multiply unsigned activations by signed weights. For signed activations ONNX Runtime is 1.5 to 3 times slower,
+    and OpenVINO (2026.4) wrong: it runs a convolution that reads a Concat of them on values cut at 0. What is not
+    plainly quantised and dequantised stays as it is.
     """
     from onnx import TensorProto, numpy_helper
 

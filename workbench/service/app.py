@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from workbench import __version__, kinds
 from workbench.config import Config
-from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable, WorkbenchError
-from workbench.jobs import STATES, JobStatus
+from workbench.errors import Invalid, Unavailable, WorkbenchError
+from workbench.jobs import JobStatus
+from workbench.service import nuclio
+from workbench.service.cvat_hooks import CvatHooks
+from workbench.service.metrics import Metrics
+from workbench.service.predict import Counted, Predict
+from workbench.service.refusals import Refusal, status_of
+from workbench.service.schema import Problem
 from workbench.supervise import parts
 from workbench.wiring import Workbench
 
-CODES = {NotFound: 404, Conflict: 409, Cancelled: 409, Unavailable: 503, Invalid: 422}
 MOST_JOBS = 1000
+MOST_PROBLEMS = 5
 
 
 class JobRequest(BaseModel):
@@ -34,34 +45,55 @@ class JobRequest(BaseModel):
     person: str | None = Field(default=None, min_length=1, max_length=200)
 
 
-class Refused(WorkbenchError):
-    """The bearer token is missing or another one."""
-
-
 def create(config: Config | None = None) -> FastAPI:
     """The application; uvicorn calls it with the settings of its environment."""
     config = config or Config.read()
-    workbench = Workbench(config)
+    for name in ("service_workers", "predict_queue", "predict_models", "predict_body_mb", "gateway_body_mb"):
+        if getattr(config, name) < 1:
+            raise Invalid(f"Setting {name} must be at least 1, is {getattr(config, name)}.")
+    # Service processes share the machine's cores.
+    config = replace(config, threads=max(1, config.worker_threads // config.service_workers))
+    workbench, metrics = Workbench(config), Metrics(config)
+    predict = Predict(workbench, metrics)
+    gateway = nuclio.Gateway(workbench, predict)
+    hooks = CvatHooks(workbench)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        hooks.start()
+        yield
+        await asyncio.to_thread(hooks.close)
+        await asyncio.to_thread(predict.close)
+
     # Without pages of its own: they would load scripts from another site.
-    app = FastAPI(title="Workbench", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=parts.allowed_hosts(config))
+    app = FastAPI(title="Workbench", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Counted, metrics=metrics)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*parts.allowed_hosts(config), *nuclio.hosts(config)])
+    app.add_middleware(nuclio.OwnPort, port=config.gateway_port)
     app.add_exception_handler(WorkbenchError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_form)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    app.add_exception_handler(Exception, _fail)
 
     def permitted(request: Request) -> None:
         if not config.service_token:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Starlette decodes headers as Latin-1: these are the bytes that were sent.
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode("latin-1"), config.service_token.encode()):
-            raise Refused("This service asks for its token: send the header 'Authorization: Bearer <service_token>'.")
+        sent = given.encode("latin-1")
+        if scheme.lower() != "bearer" or not secrets.compare_digest(sent, config.service_token.encode()):
+            raise Refusal(401, "This service asks for its token: send the header "
+                          "'Authorization: Bearer <service_token>'.", {"WWW-Authenticate": "Bearer"})
 
     @app.get("/alive")
     def alive() -> dict[str, str]:
         """This process answers; nothing else is looked at."""
         return {"version": __version__}
 
-    v1 = APIRouter(dependencies=[Depends(permitted)])
+    # HTTPBearer only describes; `permitted` decides.
+    v1 = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(permitted)],
+                   responses={401: {"model": Problem, "description": "The bearer token is missing or another one."},
+                              422: {"model": Problem, "description": "The request is not as it should be."}})
 
     @v1.get("/health")
     def health() -> JSONResponse:
@@ -71,15 +103,17 @@ def create(config: Config | None = None) -> FastAPI:
         is_well = all(said == "ok" for said in found.values())
         return JSONResponse({"ok": is_well, "parts": found}, 200 if is_well else 503)
 
-    @v1.get("/metrics", response_class=PlainTextResponse)
-    def metrics() -> PlainTextResponse:
+    @v1.get("/metrics", response_class=Response,
+            responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    def show_metrics() -> Response:
         """Prometheus text format 0.0.4."""
-        return PlainTextResponse(_metrics(workbench), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text(workbench), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @v1.post("/v1/jobs", status_code=202)
     def submit(request: JobRequest) -> dict[str, Any]:
         kinds.check(request.kind, request.args)
-        job_id = workbench.jobs.submit(request.kind, request.args, person=request.person or config.person, key=request.key)
+        job_id = workbench.jobs.submit(request.kind, request.args, person=request.person or config.person,
+                                       key=request.key)
         return _job(workbench.jobs.get(job_id))
 
     @v1.get("/v1/jobs")
@@ -105,7 +139,11 @@ def create(config: Config | None = None) -> FastAPI:
     def models() -> list[dict[str, Any]]:
         return [{"ref": ref, **workbench.models.card(ref).to_json()} for ref in workbench.models.refs()]
 
+    v1.include_router(predict.router())
     app.include_router(v1)
+    # Without the token, which CVAT cannot send: its messages are signed.
+    app.include_router(hooks.router())
+    app.include_router(gateway.router())
     return app
 
 
@@ -114,15 +152,23 @@ def _job(status: JobStatus) -> dict[str, Any]:
 
 
 def _refuse(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, Refused):
-        return JSONResponse({"error": str(error)}, 401, headers={"WWW-Authenticate": "Bearer"})
-    code = next((code for kind, code in CODES.items() if isinstance(error, kind)), 500)
-    return JSONResponse({"error": str(error)}, code)
+    headers = error.headers if isinstance(error, Refusal) else None
+    return JSONResponse({"error": str(error)}, status_of(error), headers=headers)
 
 
 def _refuse_form(request: Request, error: Exception) -> JSONResponse:
-    problems = "; ".join(f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in error.errors())
+    problems = "; ".join(f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
+                         for one in error.errors()[:MOST_PROBLEMS])
     return JSONResponse({"error": f"The request is not as it should be: {problems}."}, 422)
+
+
+def _refuse_route(request: Request, error: Exception) -> JSONResponse:
+    sentence = f"{request.method} {request.url.path!r}: {error.detail}. See /openapi.json for what there is."
+    return JSONResponse({"error": sentence}, error.status_code, headers=error.headers)
+
+
+def _fail(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": "The service failed; its log says how."}, 500)
 
 
 def _state(workbench: Workbench, part: parts.Part) -> str:
@@ -137,24 +183,3 @@ def _state(workbench: Workbench, part: parts.Part) -> str:
     except WorkbenchError as error:
         return str(error)
     return "ok"
-
-
-def _metrics(workbench: Workbench) -> str:
-    counts = workbench.jobs.counts()
-    kinds_there = sorted(kinds.ARGUMENTS.keys() | {kind for kind, _ in counts})
-    lines = ["# HELP workbench_jobs Jobs by kind and state.", "# TYPE workbench_jobs gauge"]
-    lines += [f'workbench_jobs{{kind="{_escaped(kind)}",state="{state}"}} {counts.get((kind, state), 0)}'
-              for kind in kinds_there for state in STATES]
-    lines += ["# HELP workbench_workers Worker processes that live.", "# TYPE workbench_workers gauge",
-              f"workbench_workers {len(workbench.jobs.workers())}",
-              "# HELP workbench_dataset_versions Published versions of each data set.",
-              "# TYPE workbench_dataset_versions gauge"]
-    lines += [f'workbench_dataset_versions{{dataset="{_escaped(name)}"}} {len(workbench.datasets.versions(name))}'
-              for name in workbench.datasets.names()]
-    lines += ["# HELP workbench_models Registered detectors.", "# TYPE workbench_models gauge",
-              f"workbench_models {len(workbench.models.refs())}"]
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

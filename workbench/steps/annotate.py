@@ -316,9 +316,9 @@ def _write(
 ) -> list[WorkingFrame]:
     """Changes frames under a lease each; returns those it wrote.
 
-    The lease covers writing, not the detection before: a person who opens a frame meanwhile is not kept waiting, and the
-    run skips their frame. `read` is how the frames were read a moment ago: the server refuses what has changed since.
-    Those, and all without `read`, are read afresh; one that still changed in between is tried once more.
+    The lease covers writing, not the detection before: a person who opens a frame meanwhile is not kept waiting, and
+    the run skips their frame. `read` is how the frames were read a moment ago: the server refuses what has changed
+    since. Those, and all without `read`, are read afresh; one that still changed in between is tried once more.
     """
     names, written = list(names), []
     refused = records.lease_many(dataset, names, holder)

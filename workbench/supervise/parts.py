@@ -85,7 +85,7 @@ def _worker(config: Config) -> list[str]:
 
 def _service(config: Config) -> list[str]:
     shutil.rmtree(config.service_metrics, ignore_errors=True)
-    return [*PYTHON, "workbench.service"]
+    return [*PYTHON, "workbench.service", "--host", config.host, "--port", str(config.service_port)]
 
 
 def _ui(config: Config) -> list[str]:

@@ -97,6 +97,27 @@ def test_who_stops_listening_stops_the_reading(detector: Detector, red: np.ndarr
     assert len(seen) <= 1 + 8 + 1 and not [t for t in threading.enumerate() if t.name.startswith("detect")]
 
 
+def test_a_stream_nobody_closes_may_end_in_one_of_its_own_threads(detector: Detector, red: np.ndarray) -> None:
+    """Python collects a forgotten generator in whatever thread happens to run; this one must not wait for itself."""
+    data, streams, ended, errors = png(red), [], threading.Event(), []
+
+    def read(one: Frame) -> bytes:
+        if one.name == "3":
+            try:
+                until = time.monotonic() + 60
+                while streams[0].gi_running and time.monotonic() < until:
+                    time.sleep(0.001)
+                streams.pop().close()
+            except Exception as error:
+                errors.append(error)
+            ended.set()
+        return data
+
+    streams.append(detect_frames(detector, ((i, frame(str(i))) for i in range(8)), read, threads=2, ahead=8))
+    next(streams[0])
+    assert ended.wait(60) and errors == []
+
+
 def test_no_frames_give_no_results(detector: Detector) -> None:
     assert list(detect_frames(detector, [], lambda one: b"")) == []
 
@@ -121,7 +142,8 @@ def test_a_frame_gets_the_same_boxes_whoever_comes_before_it(
 
 def test_the_sink_may_be_slow_without_holding_the_model_up(detector: Detector, red: np.ndarray) -> None:
     data, seen = png(red), []
-    stream = detect_frames(detector, ((i, frame(str(i))) for i in range(60)), lambda one: seen.append(one) or data, ahead=40)
+    frames = ((i, frame(str(i))) for i in range(60))
+    stream = detect_frames(detector, frames, lambda one: seen.append(one) or data, ahead=40)
     next(stream)
     until = time.monotonic() + 60
     while len(seen) < 40 and time.monotonic() < until:
@@ -163,7 +185,9 @@ def test_the_recorded_size_is_checked_also_where_a_jpeg_is_decoded_at_a_fraction
     assert "is 1281 x 721 px, its record says 721 x 1281" in str(found["turned"])
 
 
-def test_damaged_odd_and_dangerous_files_are_failed_items_and_the_others_go_on(detector: Detector, red: np.ndarray) -> None:
+def test_damaged_odd_and_dangerous_files_are_failed_items_and_the_others_go_on(
+    detector: Detector, red: np.ndarray
+) -> None:
     import struct
     import zlib
     whole = jpeg(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8))
@@ -187,7 +211,8 @@ def test_an_output_that_is_not_a_number_stops_the_run_and_names_the_model(tmp_pa
     from onnx import helper
 
     from workbench.inference.graph import file_record
-    nodes = [helper.make_node("Cast", ["images"], ["x"], to=1), helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
+    nodes = [helper.make_node("Cast", ["images"], ["x"], to=1),
+             helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
              helper.make_node("Sub", ["m", "m"], ["nought"]), helper.make_node("Div", ["nought", "nought"], ["nan"]),
              helper.make_node("Expand", ["nan", "shape"], ["output"])]
     graphs.save(tmp_path / "nan.onnx", nodes, {"images": ([1, 64, 64, 3], "uint8")}, ["output"],

@@ -24,7 +24,8 @@ from workbench.model import InputSpec, ModelCard
 SIDES = (48, 32)  # width, height
 
 
-def passing(path: Path, spec: InputSpec, batch: int | str = 1, opset: int = 17, dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
+def passing(path: Path, spec: InputSpec, batch: int | str = 1, opset: int = 17,
+            dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
     """A graph that gives back what it is fed, as float32."""
     shape = [batch, SIDES[1], SIDES[0], 3] if spec.layout == "NHWC" else [batch, 3, SIDES[1], SIDES[0]]
     kind = TensorProto.UINT8 if spec.dtype == "uint8" else dtype
@@ -52,7 +53,7 @@ SPECS = [InputSpec(SIDES, layout=layout, dtype=dtype, colour=colour, **more)
 
 
 @pytest.mark.parametrize("adapter", [OpenVINO, OnnxRuntime])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.layout} {s.dtype} {s.colour}" + (" scaled" if s.scale != 1 else ""))
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.layout} {s.dtype} {s.colour} scale {s.scale:.3g}")
 def test_the_graph_is_fed_what_the_card_describes(tmp_path: Path, spec: InputSpec, adapter: type) -> None:
     canvas = np.random.default_rng(0).integers(0, 256, (1, SIDES[1], SIDES[0], 3), np.uint8)
     made, standard = pixels_inside(passing(tmp_path / "m.onnx", spec), spec)
@@ -128,7 +129,8 @@ def test_an_input_that_is_read_inside_a_branch_is_fed_too(tmp_path: Path) -> Non
     graph = helper.make_graph(
         [helper.make_node("If", ["yes"], ["sum"], **branches)], "branching",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, SIDES[1], SIDES[0], 3])],
-        [helper.make_tensor_value_info("sum", TensorProto.FLOAT, None)], [numpy_helper.from_array(np.array(True), "yes")])
+        [helper.make_tensor_value_info("sum", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array(True), "yes")])
     made, _ = pixels_inside(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), spec)
     with OnnxRuntime(Graph(tmp_path / "m.onnx", made), threads=1) as backend:
         assert (backend.run(np.full((1, SIDES[1], SIDES[0], 3), 7, np.uint8))["sum"] == 7).all()
@@ -214,7 +216,8 @@ def test_real_detectors_give_the_same_numbers_as_with_their_own_preparation(
         file = shared / "data/models/nanodet_plus_m/nanodet_plus_m_416.onnx"
         card = card_for_nanodet(file, "m", size=(416, 416))
     import cv2
-    picture = cv2.cvtColor(cv2.imread(str(sorted((shared / "data/images/coco_val100").iterdir())[3])), cv2.COLOR_BGR2RGB)
+    file_of_picture = sorted((shared / "data/images/coco_val100").iterdir())[3]
+    picture = cv2.cvtColor(cv2.imread(str(file_of_picture)), cv2.COLOR_BGR2RGB)
     with Detector(card, file.parent, lambda source: adapter(source, threads=1)) as detector:
         prepared = detector.prepare(picture)
         inside = detector.outputs(prepared.tensor[None])

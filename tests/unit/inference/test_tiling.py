@@ -23,7 +23,7 @@ FRAME = (1000, 500)
 LEFT, RIGHT = (0, 0, 600, 500), (400, 0, 1000, 500)  # two tiles that share 200 px
 
 
-def found(*boxes: tuple[float, float, float, float, float] | tuple[float, float, float, float, float, int]) -> Detections:
+def found(*boxes: tuple[float, ...]) -> Detections:
     """Boxes as x1, y1, x2, y2, confidence and, where it is not 0, class id."""
     rows = [(*box, 0)[:6] for box in boxes]
     return Detections(np.array([row[:4] for row in rows], float).reshape(-1, 4), np.array([row[5] for row in rows]),
@@ -74,7 +74,8 @@ def test_two_objects_beside_each_other_at_a_border_stay_two() -> None:
 def test_an_object_across_four_tiles_is_one_box() -> None:
     views = [(0, 0, 60, 60), (40, 0, 100, 60), (0, 40, 60, 100), (40, 40, 100, 100)]
     # It spans 20..80 both ways.
-    parts = [found((20, 20, 60, 60, 0.5)), found((0, 20, 40, 60, 0.6)), found((20, 0, 60, 40, 0.7)), found((0, 0, 40, 40, 0.8))]
+    parts = [found((20, 20, 60, 60, 0.5)), found((0, 20, 40, 60, 0.6)), found((20, 0, 60, 40, 0.7)),
+             found((0, 0, 40, 40, 0.8))]
     result = merge(parts, views, (100, 100), 0.5)
     assert result.xyxy.tolist() == [[20, 20, 80, 80]] and result.confidence.tolist() == [pytest.approx(0.8)]
 
@@ -97,7 +98,8 @@ def test_tiles_cover_every_pixel_overlap_enough_and_end_with_the_frame(
     tiles = Tiling(size, overlap).tiles(width, height)
     for sides, first, last in ((width, 0, 2), (height, 1, 3)):
         spans = sorted({(tile[first], tile[last]) for tile in tiles})
-        assert spans[0][0] == 0 and spans[-1][1] == sides and all(end - start == min(size, sides) for start, end in spans)
+        assert spans[0][0] == 0 and spans[-1][1] == sides
+        assert all(end - start == min(size, sides) for start, end in spans)
         # A pixel for rounding the step, one for rounding the places.
         assert all(end - following >= size * overlap - 2 for (_, end), (following, _) in zip(spans, spans[1:]))
     assert len(tiles) == len(set(tiles))
