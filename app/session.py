@@ -213,6 +213,9 @@ def watched(kind: str, dataset: str | None = None) -> JobStatus | None:
                 st.session_state[f"job_{kind}"] = status.id
                 if status.is_over:
                     st.session_state[f"form_{kind}"] = f"after {status.id}"
+                    if _is_news(status.id):
+                        # What stands above on the page may have been read before the job ended.
+                        st.rerun()
                 return status
     for job in active_jobs(kind):
         if dataset is None or dataset_of(job) == dataset:
@@ -220,6 +223,15 @@ def watched(kind: str, dataset: str | None = None) -> JobStatus | None:
             st.session_state[f"job_{kind}"] = job.id
             return job
     return None
+
+
+def _is_news(job_id: str) -> bool:
+    """Whether this visitor's pages were not yet drawn anew since the job ended; True once for each job."""
+    over: set[str] = st.session_state.setdefault("jobs_over", set())
+    if job_id in over:
+        return False
+    over.add(job_id)
+    return True
 
 
 def active_jobs(kind: str | None = None) -> list[JobStatus]:
@@ -245,6 +257,7 @@ def job_panel(job: JobStatus, open_log: bool = False) -> None:
             now = workbench().jobs.get(job_id)
             if is_active and now.is_over:
                 # The page around it shows the result.
+                _is_news(job_id)
                 st.rerun(scope="app")
             _draw_job(now, open_log)
 

@@ -11,6 +11,7 @@ from streamlit.testing.v1 import AppTest
 from test_pages_empty import PAGES, texts
 
 import filled
+from app import session
 from workbench.steps import version
 from workbench.wiring import Workbench
 
@@ -112,6 +113,25 @@ def test_a_job_that_ends_while_the_page_is_drawn_shows_its_result(workbench: Wor
     monkeypatch.setattr(version, "pending", ends_meanwhile)
     at = visit("versions", dataset="shapes")
     assert any("shapes@0.2.0 is published" in success.value for success in at.success)
+
+
+def test_a_job_that_ends_below_what_was_drawn_of_it_draws_the_page_anew(
+    workbench: Workbench, visit, monkeypatch, tmp_path
+) -> None:
+    filled.model(workbench, tmp_path, "successor")
+    filled.job(workbench, "de1", "deploy", "running", {"dataset": "shapes", "model": "successor@1"})
+
+    def ends_before(kind, dataset=None):
+        if workbench.records.deployed("shapes") != "successor@1":
+            workbench.records.add("deployments", "shapes", "successor@1", "anna", {"previous": "shapes-detector@1"})
+            finish(workbench, "de1")
+        return watched(kind, dataset)
+
+    watched = session.watched
+    monkeypatch.setattr(session, "watched", ends_before)
+    at = visit("models", dataset="shapes", model="successor@1", job="de1")
+    assert not [one for one in at.button if one.key == "deploy_model"]
+    workbench.records.add("deployments", "shapes", "shapes-detector@1", "anna", {"previous": "successor@1"})
 
 
 def test_publishing_asks_for_a_message_and_then_makes_one_job(workbench: Workbench, visit) -> None:
