@@ -158,7 +158,8 @@ def _mongod(config: Config) -> Iterator[Check]:
 def _processor(config: Config) -> Iterator[Check]:
     cores = os.cpu_count() or 1
     if Path("/proc/driver/nvidia").exists():
-        yield Check("processor", "note", f"{cores} cores, and an NVIDIA GPU that this version does not use yet.")
+        yield Check("processor", "note", f"{cores} cores and an NVIDIA GPU; models run on {config.backend}. The backend "
+                    "tensorrt uses the GPU (docs/gpu.md).")
     else:
         yield Check("processor", "ok", f"{cores} cores and no GPU: models run on the CPU ({config.backend}, "
                     f"{config.worker_threads} threads).")

@@ -16,7 +16,7 @@ from workbench.certificates import Certificates
 from workbench.dataset import Frame
 from workbench.errors import Conflict, Invalid, WorkbenchError
 from workbench.inference.detector import OpenBackend
-from workbench.inference.pipeline import detect_frames
+from workbench.inference.pipeline import AHEAD, detect_frames
 from workbench.inference.probe import Plan
 from workbench.inference.tiling import Tiling
 from workbench.model import ModelCard
@@ -176,9 +176,11 @@ def annotate(dataset: str, model: str, *, run_id: str, server: AnnotationServer,
         )
         before, total = len(tally.written), len(tally.written) + len(names)
         job.progress(before, total, model)
+        # The next write is detected while this one waits for the server.
+        size = batch or server.write_batch
         stream = detect_frames(detector, _pixels(server, dataset, names, tally), lambda frame: blobs.get(frame.blob),
-                               batch=plan.batch, tiling=pieces)
-        for group in _groups(stream, batch or server.write_batch):
+                               batch=plan.batch, ahead=max(AHEAD, size), tiling=pieces)
+        for group in _groups(stream, size):
             job.check()
             proposals, read = {}, {working.frame.name: working for working, _ in group}
             for name, (_, found) in zip(read, group):
