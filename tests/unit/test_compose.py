@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def test_the_settings_of_every_container_are_settings(compose: dict[str, Any], t
         assert service["environment"]["WORKBENCH_HOME"] == "/data" and service["volumes"] == ["home:/data"], name
         # Clients of the pod use its loopback, wherever a part listens.
         assert config == replace(Config(home=tmp_path.resolve()), host=config.host) and config.mongo == "mongodb://127.0.0.1:8652"
+
+
+def test_beside_cvat_the_parts_join_its_network_and_find_it_by_name(tmp_path: Path) -> None:
+    beside = yaml.safe_load((PROJECT / "docker-compose.cvat.yml").read_text())
+    assert problems(beside) == []
+    assert beside["networks"]["cvat"]["external"] and "workbench" in beside["services"]["mongod"]["networks"]["cvat"]["aliases"]
+    for name in ("ui", "worker", "service"):
+        config = Config.read(environ={**beside["services"][name]["environment"], "WORKBENCH_HOME": str(tmp_path)})
+        assert config.cvat_url == "http://cvat_server:8080" and config.cvat_token
+        assert config.gateway_url == f"http://workbench:{config.gateway_port}", "as CVAT_NUCLIO_HOST and _PORT say"
+        networks = [ip_network(one.strip()) for one in config.gateway_allow.split(",")]
+        assert any(ip_address("172.18.0.5") in one for one in networks)
+        assert not any(ip_address("8.8.8.8") in one for one in networks)
 
 
 def test_the_image_runs_workbench_as_another_user_than_root() -> None:
