@@ -33,6 +33,7 @@ JOB_STATION = {
     "version": "version",
     "retrain": "retrain",
     "promote": "promote",
+    "rollback": "promote",
     "deploy": "deploy",
 }
 

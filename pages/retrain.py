@@ -12,6 +12,7 @@ from workbench.recipe import Recipe, read_recipe, recipes
 from workbench.records import Entry
 from workbench.steps.deploy import champion_of
 from workbench.steps.retrain import model_name
+from workbench.steps.rollback import earlier
 from workbench.steps.training import Training
 from workbench.wiring import PROJECT
 
@@ -191,7 +192,7 @@ def promote(dataset: str) -> None:
         width="stretch",
         key="promote_go",
         disabled=version is None or (job is not None and not job.is_over),
-        help="Both models are scored now, on the same frames; strictly better becomes champion.",
+        help="Both models are scored now, on the same frames; the challenger leads when it is surely better.",
     ):
         if session.submit("promote", {"dataset": dataset, "candidate": candidate, "version": version}):
             st.rerun()
@@ -201,8 +202,10 @@ def promote(dataset: str) -> None:
             verdict(job.result or {})
     if champion:
         deploy(dataset, champion)
+    roll_back(dataset, champion)
     if history:
         decisions(history)
+        champion_on(dataset)
 
 
 def verdict(facts: dict[str, Any]) -> None:
@@ -245,9 +248,45 @@ def deploy(dataset: str, champion: str) -> None:
         session.job_panel(job)
 
 
+def roll_back(dataset: str, champion: str | None) -> None:
+    """The champion before leads again: a click, and a second one that says which."""
+    before = earlier(dataset, session.workbench().records)
+    job = session.watched("rollback", dataset)
+    if before and champion:
+        with st.popover("Roll back", icon=":material/undo:", disabled=job is not None and not job.is_over):
+            st.markdown(
+                f"**{session.literal(before.subject)}** was champion before **{session.literal(champion)}** and takes "
+                "its place again. Nothing is measured; what annotates stays until you deploy."
+            )
+            if st.button("Yes, make it champion again", type="primary", key="rollback_go"):
+                if session.submit("rollback", {"dataset": dataset, "to": before.subject}):
+                    st.rerun()
+    if job and job.state == "done":
+        st.success(session.literal(str((job.result or {}).get("reason", ""))), icon=":material/undo:")
+    elif job:
+        session.job_panel(job)
+
+
+def champion_on(dataset: str) -> None:
+    day = st.date_input("Who was champion on", value=None, key="champion_on", format="YYYY-MM-DD", width=220)
+    if day:
+        found = champion_of(dataset, session.workbench().records, day.isoformat())
+        told = f"**{session.literal(found)}** was champion" if found else "There was no champion"
+        st.markdown(f"{told} at the end of {day.isoformat()} (UTC).")
+
+
 def decisions(history: list[Entry]) -> None:
     def score(one: Entry, side: str, key: str = "map_50_95") -> float | None:
         return (one.facts.get(side) or {}).get(key)
+
+    def decided(one: Entry) -> str:
+        if one.facts.get("rollback"):
+            return "champion again"
+        return "champion" if one.facts.get("promoted") else "stays out"
+
+    def within(one: Entry) -> str | None:
+        interval = one.facts.get("interval")
+        return f"{interval[0]:+.3f} to {interval[1]:+.3f}" if interval else None
 
     st.markdown("**Decisions**")
     st.dataframe(
@@ -255,9 +294,10 @@ def decisions(history: list[Entry]) -> None:
             {
                 "when": times.clock(one.at),
                 "challenger": one.subject,
-                "decision": "champion" if one.facts.get("promoted") else "stays out",
+                "decision": decided(one),
                 "challenger mAP": score(one, "challenger"),
                 "champion mAP": score(one, "champion"),
+                "difference, 95 %": within(one),
                 "challenger mAP50": score(one, "challenger", "map_50"),
                 "test frames of": str(one.facts.get("version", "")),
                 "person": one.person,

@@ -13,17 +13,17 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from workbench.annotation import Annotation
-from workbench.boxes import Detections, iou
+from workbench.boxes import Detections
 from workbench.errors import Invalid
-from workbench.evaluation.matching import box_of, match
+from workbench.evaluation.matching import match
 from workbench.evaluation.metrics import Metrics, score
+from workbench.evaluation.paired import differences, interval
 from workbench.taxonomy import Taxonomy
 
 # map_loss    what mAP@[.5:.95] may fall by
@@ -32,13 +32,8 @@ from workbench.taxonomy import Taxonomy
 # speedup     int8 below it is of no use on this device
 # frames      with fewer the figures prove nothing
 LIMITS: Mapping[str, float] = {"map_loss": 0.005, "class_loss": 0.03, "speedup": 1.0, "frames": 10}
-RESAMPLES = 300
 # A label with fewer boxes is not judged by itself: draws of so few boxes do not show how far chance alone reaches.
 LEAST_BOXES = 20
-# COCO's IoU thresholds, recall grid and most detections of a label on a frame (pycocotools, cocoeval.py, Params).
-IOUS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0, 1, 101)
-MOST = 100
 
 
 def compare(truth: Mapping[str, Sequence[Annotation]], fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
@@ -50,26 +45,15 @@ def compare(truth: Mapping[str, Sequence[Annotation]], fp32: Mapping[str, Detect
     confidence         at and above it a box is drawn; box_shift_px is over boxes that both draw, the largest of a
                        box's four shifts
 
-    Intervals are 95 % intervals of the loss FP32 - INT8 (of mAP, of a label's AP) over RESAMPLES draws of the frames
-    with replacement, the same draws for both (paired bootstrap; Efron and Tibshirani, 1993, chapter 13).
+    Intervals are 95 % intervals of the loss FP32 - INT8 (of mAP, of a label's AP): evaluation/paired.py.
     """
     scores = {"fp32": score(truth, fp32, taxonomy, confidence), "int8": score(truth, int8, taxonomy, confidence)}
-    names = sorted(truth)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    losses: dict[str, np.ndarray] = {}
-    for class_id, label in enumerate(taxonomy.labels):
-        if label in scores["fp32"].per_class:
-            one, other = (_matches([truth[name] for name in names], [found.get(name) for name in names],
-                                   label, class_id) for found in (fp32, int8))
-            losses[label] = np.array([one.average_precision(draw) - other.average_precision(draw) for draw in draws])
-    # A draw without a label's frames says nothing about it, as in COCO's mean over labels.
-    with np.errstate(all="ignore"):
-        overall = np.nanmean(np.array(list(losses.values())), axis=0)
+    overall, losses = differences(truth, fp32, int8, taxonomy, seed)
     return {
-        "frames": len(names), "boxes": scores["fp32"].truth,
+        "frames": len(truth), "boxes": scores["fp32"].truth,
         **{name: {"map_50_95": found.map_50_95, "map_50": found.map_50} for name, found in scores.items()},
-        "map_loss": scores["fp32"].map_50_95 - scores["int8"].map_50_95, "map_loss_interval": _interval(overall),
-        "per_class": {label: {**_aps(scores, label), "interval": _interval(losses[label]),
+        "map_loss": scores["fp32"].map_50_95 - scores["int8"].map_50_95, "map_loss_interval": interval(overall),
+        "per_class": {label: {**_aps(scores, label), "interval": interval(losses[label]),
                               "boxes": int(scores["fp32"].per_class[label]["truth"])} for label in losses},
         "box_shift_px": _shift(fp32, int8, confidence)}
 
@@ -151,80 +135,6 @@ def verify(certificate: Mapping[str, Any], sealing_key: bytes, *, model: str, fi
                       "version, or quantise again with more frames.")
 
 
-@dataclass(frozen=True)
-class _Matches:
-    """One label's detections over all frames, best first.
-
-    frame  (n,) index of the frame;  hit, counts (10, n) bool per IoU threshold: is it a hit, does it count at all
-    truth  (frames,) number of true boxes of the label
-    """
-
-    frame: np.ndarray
-    hit: np.ndarray
-    counts: np.ndarray
-    truth: np.ndarray
-
-    def average_precision(self, weights: np.ndarray) -> float:
-        """AP@[.5:.95] when frame i is there weights[i] times; NaN when the label is on none of them."""
-        positives = float(weights @ self.truth)
-        if not positives:
-            return float("nan")
-        weight = weights[self.frame]
-        hits = np.cumsum(self.hit * weight, axis=1)
-        seen = np.cumsum(self.counts * weight, axis=1)
-        precision = hits / np.maximum(seen, 1)
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        total = 0.0
-        for recall, envelope in zip(hits / positives, precision):
-            at = np.searchsorted(recall, RECALLS, side="left")
-            total += float(envelope[at[at < len(envelope)]].sum())
-        return total / (len(IOUS) * len(RECALLS))
-
-
-def _matches(truth: Sequence[Sequence[Annotation]], found: Sequence[Detections | None], label: str,
-             class_id: int) -> _Matches:
-    """Matches as COCO does (cocoeval.py, evaluateImg): best first, each to the free true box it overlaps most; what
-    only lies on a crowd does not count."""
-    frames, confidences, hits, counts, numbers = [], [], [], [], []
-    for index, (annotations, given) in enumerate(zip(truth, found)):
-        boxed = [(box_of(one), bool(one.attributes.get("iscrowd"))) for one in annotations
-                 if one.label == label and box_of(one) is not None]
-        true = np.array([box for box, is_crowd in boxed if not is_crowd], float).reshape(-1, 4)
-        crowd = np.array([box for box, is_crowd in boxed if is_crowd], float).reshape(-1, 4)
-        numbers.append(len(true))
-        mine = np.nonzero(given.class_id == class_id)[0] if given is not None else []
-        if not len(mine):
-            continue
-        mine = mine[np.argsort(-given.confidence[mine], kind="stable")][:MOST]
-        boxes = given.xyxy[mine].astype(float)
-        overlap = iou(boxes, true)
-        on_crowd = _covered(boxes, crowd)
-        taken = np.zeros((len(IOUS), len(true)), bool)
-        # pycocotools compares with min(threshold, 1 - 1e-10), so an overlap of exactly the threshold matches.
-        for row, inside in zip(overlap, on_crowd):
-            free = np.where(~taken & (row[None] >= IOUS[:, None]), row[None], -1.0)
-            target = free.argmax(axis=1) if len(true) else np.zeros(len(IOUS), int)
-            is_hit = free[np.arange(len(IOUS)), target] >= 0 if len(true) else np.zeros(len(IOUS), bool)
-            taken[np.nonzero(is_hit)[0], target[is_hit]] = True
-            hits.append(is_hit)
-            counts.append(is_hit | (inside < IOUS))
-        frames += [index] * len(mine)
-        confidences += given.confidence[mine].tolist()
-    order = np.argsort(-np.array(confidences), kind="stable")
-    hit = np.array(hits, bool).reshape(-1, len(IOUS)).T
-    count = np.array(counts, bool).reshape(-1, len(IOUS)).T
-    return _Matches(np.array(frames, int)[order], hit[:, order], count[:, order], np.array(numbers))
-
-
-def _covered(boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
-    """(n,) the largest share of each box's area that one crowd covers."""
-    if not len(crowds):
-        return np.zeros(len(boxes))
-    sides = np.minimum(boxes[:, None, 2:], crowds[None, :, 2:]) - np.maximum(boxes[:, None, :2], crowds[None, :, :2])
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return (np.clip(sides, 0, None).prod(axis=2) / np.maximum(area, 1e-9)[:, None]).max(axis=1)
-
-
 def _shift(fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
            confidence: float) -> dict[str, float | None]:
     shifts = []
@@ -239,10 +149,6 @@ def _shift(fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
 
 def _aps(scores: Mapping[str, Metrics], label: str) -> dict[str, float]:
     return {name: found.per_class[label]["ap"] for name, found in scores.items()}
-
-
-def _interval(losses: np.ndarray) -> list[float]:
-    return [float(np.nanpercentile(losses, share)) for share in (2.5, 97.5)]
 
 
 def _signature(facts: Mapping[str, Any], sealing_key: bytes) -> str:

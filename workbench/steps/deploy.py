@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from workbench.dataset import check_dataset_name
+from workbench.errors import Invalid
 from workbench.model import parse_model_ref
 from workbench.ports import ModelStore, Tracker
-from workbench.records import Records
+from workbench.records import Entry, Records
 from workbench.taxonomy import LabelMap, Taxonomy
+
+# A date may lie any number of decisions back.
+ALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,33 @@ def offers(dataset: str, taxonomy: Taxonomy, *, models: ModelStore, records: Rec
                                             *_newest_first(offer.model)))
 
 
-def champion_of(dataset: str, records: Records) -> str | None:
-    """The model that won the last promotion of a data set, by our own ledger."""
-    for entry in records.entries("promotions", dataset):
-        if entry.facts.get("promoted"):
-            return entry.subject
+def champion_of(dataset: str, records: Records, at: str | None = None) -> str | None:
+    """The champion of a data set by our own ledger, None when there was none.
+
+    at  the end of that day ("2026-05-01") or that moment ("2026-05-01T12:00", "...+02:00"), UTC unless it says
+        otherwise; None: now. Raises Invalid for anything else.
+    """
+    for entry in champions(dataset, records, at):
+        return entry.subject
     return None
+
+
+def champions(dataset: str, records: Records, at: str | None = None) -> list[Entry]:
+    """Entries of the ledger "promotions" that changed who leads, promotions and rollbacks, newest first; those up to
+    `at`, as `champion_of` takes it."""
+    until = _moment(at) if at else None
+    return [entry for entry in records.entries("promotions", dataset, limit=ALL)
+            if entry.facts.get("promoted") and (until is None or _moment(entry.at) <= until)]
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+        if len(text) <= len("2026-05-01"):
+            moment = moment.replace(hour=23, minute=59, second=59, microsecond=999_999)
+    except (TypeError, ValueError):
+        raise Invalid(f"{text!r} is no date. Write a day as 2026-05-01 or a moment as 2026-05-01T12:00.") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def _newest_first(ref: str) -> tuple[str, tuple[int, ...]]:

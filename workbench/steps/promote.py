@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from workbench.blobs import Blobs
-from workbench.dataset import Manifest, check_dataset_name, parse_ref
+from workbench.boxes import Detections
+from workbench.dataset import LabeledFrame, Manifest, check_dataset_name, parse_ref
 from workbench.errors import Invalid, NotFound
+from workbench.evaluation.paired import IOUS, RESAMPLES, differences, interval
 from workbench.inference.detector import OpenBackend
 from workbench.model import ModelCard, parse_model_ref
 from workbench.ports import DatasetStore, Job, ModelStore, Tracker
 from workbench.records import Records
+from workbench.steps.deploy import champions
 from workbench.steps.evaluate import evaluate
 from workbench.steps.retrain import model_name
 
 # Two trainings that differ in their seed alone differ by about this much mAP@[.5:.95]; less is no progress.
 MARGIN = 0.005
-PRIMARY = ("map_50_95", "map_50")
+# Metric -> how many of COCO's IoU thresholds its AP is a mean over. More of each is better.
+PRIMARY = {"map_50_95": len(IOUS), "map_50": 1}
+# A challenger that is better on every one of n frames is so by chance with probability 2^-n (sign test); 6 is the first
+# n where that is below the 2.5 % that the interval leaves at its lower end.
+LEAST_FRAMES = 6
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,9 @@ class Decision:
                           None where a refusal came first; champion is the one that led before, None when there was none
     promoted              the challenger leads now
     reason                one sentence for a person
+    difference, interval  challenger - champion of the primary metric, and [low, high], its 95 % interval over `draws`
+                          draws of the frames from `seed` (paired bootstrap); None without two scores
+    dataset_digest        of the version; split_digest: of the names and pixels of the split's frames (`digest_of`)
     """
 
     dataset: str
@@ -43,6 +56,13 @@ class Decision:
     dataset_digest: str
     frames: int
     leaked: int = 0
+    # What follows came later: entries of before lack it.
+    difference: float | None = None
+    interval: list[float] | None = None
+    draws: int = RESAMPLES
+    seed: int = SEED
+    lower_is_better: bool = False
+    split_digest: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,24 +70,26 @@ class Decision:
 
 def promote(
     dataset: str, candidate: str, version: str, *, split: str = "test", margin: float = MARGIN,
-    primary: str = "map_50_95", max_class_drop: float | None = None, models: ModelStore, store: DatasetStore,
-    blobs: Blobs, tracker: Tracker, records: Records, open_backend: OpenBackend, job: Job, person: str,
+    primary: str = "map_50_95", lower_is_better: bool = False, max_class_drop: float | None = None,
+    models: ModelStore, store: DatasetStore, blobs: Blobs, tracker: Tracker, records: Records,
+    open_backend: OpenBackend, job: Job, person: str,
 ) -> Decision:
     """Scores candidate and champion on a split of a version and gives the alias `champion` to the better one.
 
-    The candidate has to be better by more than `margin`; the champion of before gets the alias `previous`. The
-    decision with both scores is one entry of the ledger "promotions"; the same job again returns it and adds nothing.
+    The candidate has to be better by more than `margin`, and surely so: the 95 % interval of the difference lies above
+    0. The champion of before gets the alias `previous`. The decision with both scores is one entry of the ledger
+    "promotions"; the same job again returns it and adds nothing.
 
-    version         reference of the data set version whose split both are scored on
-    max_class_drop  no label's AP may fall by more than this; None: labels may be traded against each other
+    version          reference of the data set version whose split both are scored on
+    lower_is_better  the direction of `primary`, for those who say it; True contradicts every metric there is
+    max_class_drop   no label's AP may fall by more than this; None: labels may be traded against each other
 
     A refusal (test frames that one of them was trained on, a score that is no number) is a Decision too. Raises Invalid
-    when the split is empty or the candidate is not one of the data set's registered models, NotFound.
+    for a metric that does not exist or the wrong direction, when the split is empty or the candidate is not one of the
+    data set's registered models, NotFound.
     """
     name = model_name(check_dataset_name(dataset))
-    if primary not in PRIMARY or not 0 <= margin < 1 or parse_ref(version)[0] != dataset:
-        raise Invalid(f"Promotion compares {' or '.join(PRIMARY)} with a margin in 0..1 on a version of {dataset}; got "
-                      f"{primary!r}, {margin!r} and {version!r}.")
+    _check(dataset, version, primary, lower_is_better, margin, max_class_drop)
     key = f"promote:{job.id}"
     decision = _recorded(records, dataset, key)
     if decision is None:
@@ -81,7 +103,10 @@ def promote(
         # First the ledger, then the aliases: a kill between the two is mended by the repeat, which finds the entry.
         facts = {**decision.to_json(), "job": job.id, "key": key}
         records.add("promotions", dataset, candidate, person, facts, key=key)
-    _apply(decision, name, dataset, key, tracker, records, models)
+    _tell_run(decision, tracker, models)
+    if decision.promoted:
+        before = decision.champion["model"] if decision.champion else None
+        lead(dataset, key, decision.challenger["model"], before, tracker, records)
     job.log(decision.reason)
     return decision
 
@@ -89,25 +114,49 @@ def promote(
 def _recorded(records: Records, dataset: str, key: str) -> Decision | None:
     for entry in records.entries("promotions", dataset):
         if entry.facts.get("key") == key:
-            return Decision(**{field.name: entry.facts[field.name] for field in fields(Decision)})
+            return Decision(**{field.name: entry.facts[field.name] for field in fields(Decision)
+                               if field.name in entry.facts})
     return None
 
 
-def _apply(decision: Decision, name: str, dataset: str, key: str, tracker: Tracker, records: Records,
-           models: ModelStore) -> None:
-    candidate = decision.challenger["model"]
-    run_id = models.card(candidate).run_id
+def _check(dataset: str, version: str, primary: str, lower_is_better: bool, margin: float,
+           max_class_drop: float | None) -> None:
+    known = " or ".join(PRIMARY)
+    if primary not in tuple(PRIMARY):  # what comes as JSON may be unhashable
+        raise Invalid(f"Promotion compares {known}; there is no metric {primary!r}.")
+    if not isinstance(lower_is_better, bool) or lower_is_better:
+        raise Invalid(f"Promotion compares {known}, and more of {primary} is better: lower_is_better must be false or "
+                      f"left out, got {lower_is_better!r}.")
+    if parse_ref(version)[0] != dataset:
+        raise Invalid(f"Promotion compares models on a version of {dataset}, {version} is none.")
+    for what, value in (("margin", margin), ("max_class_drop", 0 if max_class_drop is None else max_class_drop)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise Invalid(f"Promotion compares scores of 0..1; {what} must be a number from 0 to below 1, got "
+                          f"{value!r}.")
+
+
+def digest_of(frames: Sequence[LabeledFrame]) -> str:
+    """sha256 over the sorted lines "<name> <md5 of its bytes>" of frames: the same frames, the same digest."""
+    lines = sorted(f"{one.frame.name} {one.frame.blob}\n" for one in frames)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def lead(dataset: str, key: str, champion: str, previous: str | None, tracker: Tracker, records: Records) -> None:
+    """Sets the aliases `champion` and `previous` as the ledger's entry `key` says, where that is the last change of
+    champion: a job repeated long after must not undo a later one."""
+    if champions(dataset, records)[0].facts.get("key") != key:
+        return
+    for alias, ref in (("previous", previous), ("champion", champion)):
+        if ref is not None:
+            tracker.set_alias(model_name(dataset), alias, parse_model_ref(ref)[1])
+
+
+def _tell_run(decision: Decision, tracker: Tracker, models: ModelStore) -> None:
+    run_id = models.card(decision.challenger["model"]).run_id
     if run_id:
         tracker.log(run_id, tags={"promotion": "champion" if decision.promoted else "kept out",
                                   "promotion_reason": decision.reason,
                                   "promotion_on": f"{decision.version}/{decision.split}"})
-    newest = records.entries("promotions", dataset, limit=1)[0].facts.get("key")
-    # A job repeated long after must not undo a later decision.
-    if not decision.promoted or newest != key:
-        return
-    if decision.champion is not None:
-        tracker.set_alias(name, "previous", parse_model_ref(decision.champion["model"])[1])
-    tracker.set_alias(name, "champion", parse_model_ref(candidate)[1])
 
 
 def _decide(dataset: str, candidate: str, champion: str | None, version: str, split: str, margin: float, primary: str,
@@ -124,10 +173,11 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
         ref: {"model": ref, "sha256": card.files[card.onnx]["sha256"], "trained_on": card.trained_on,
               "map_50_95": None, "map_50": None, "per_class": {}} for ref, card in cards.items()}
 
-    def decided(promoted: bool, reason: str, leaked: int = 0) -> Decision:
-        before = scores[champion] if champion else None
+    before = scores[champion] if champion else None
+
+    def decided(promoted: bool, reason: str, leaked: int = 0, **more: Any) -> Decision:
         return Decision(dataset, version, split, promoted, reason, primary, margin, scores[candidate], before,
-                        record.digest, len(frames), leaked)
+                        record.digest, len(frames), leaked, split_digest=digest_of(frames), **more)
 
     for ref, card in cards.items():
         leaked = _leaked(card, manifest, split, store, models, job)
@@ -137,25 +187,40 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
                                   "flattered. Compare on a version and split that neither was trained on.", len(leaked))
     if candidate == champion:
         return decided(False, f"{candidate} is the champion already.")
+    found: dict[str, dict[str, Detections]] = {}
     for ref, card in cards.items():
         job.check()
+        found[ref] = {}
         if not card.labels.map_to(manifest.taxonomy).pairs:
             # A champion of before all labels were renamed finds none of today's.
             scores[ref] |= {"map_50_95": 0.0, "map_50": 0.0}
             continue
         try:
-            metrics = evaluate(ref, version, split, models=models, store=store, blobs=blobs, open_backend=open_backend,
-                               tracker=tracker, job=job).metrics
+            evaluation = evaluate(ref, version, split, models=models, store=store, blobs=blobs,
+                                  open_backend=open_backend, tracker=tracker, job=job)
         except Invalid as error:
             return decided(False, f"Refused: {ref} cannot be scored. {error}")
+        metrics, found[ref] = evaluation.metrics, evaluation.found
         scores[ref] |= {"map_50_95": metrics.map_50_95, "map_50": metrics.map_50,
                         "per_class": {label: row["ap"] for label, row in metrics.per_class.items()}}
-    return decided(*verdict(scores[candidate], scores[champion] if champion else None, margin, primary, max_class_drop))
+    if before is None:
+        return decided(*verdict(scores[candidate], None, margin, primary, max_class_drop))
+    job.check()
+    draws, _ = differences({one.frame.name: one.annotations for one in frames}, found[candidate], found[champion],
+                           manifest.taxonomy, SEED, PRIMARY[primary])
+    within, boxed = interval(draws), sum(bool(one.annotations) for one in frames)
+    return decided(*verdict(scores[candidate], before, margin, primary, max_class_drop, within, boxed),
+                   difference=scores[candidate][primary] - before[primary], interval=within)
 
 
 def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin: float = MARGIN,
-            primary: str = "map_50_95", max_class_drop: float | None = None) -> tuple[bool, str]:
-    """(does the challenger lead, why) by two sets of scores that were measured on the same frames."""
+            primary: str = "map_50_95", max_class_drop: float | None = None, within: Sequence[float] | None = None,
+            frames: int = LEAST_FRAMES) -> tuple[bool, str]:
+    """(does the challenger lead, why) by two sets of scores that were measured on the same frames.
+
+    within  95 % interval of the difference challenger - champion; None: the scores alone decide
+    frames  number of those frames that have boxes
+    """
     for one in (challenger, champion):
         if one is not None and not all(math.isfinite(one[key]) for key in PRIMARY):
             return False, f"Refused: the score of {one['model']} is not a number; its outputs are broken."
@@ -167,9 +232,18 @@ def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin:
                        "something.")
     old = champion[primary]
     told = f"{challenger['model']} scores {primary} {new:.4f}, {champion['model']} {old:.4f}"
+    if within is not None:
+        told += f" (95 % interval of the difference {within[0]:.4f} to {within[1]:.4f} over {frames} frames)"
     # Scores come from float sums; 1e-9 keeps "exactly the margin" on the champion's side whatever their last bit is.
     if not new > old + margin + 1e-9:
         return False, f"{told}: not better by more than {margin:g}, the champion stays."
+    more = "Review more frames of that split and publish a version."
+    if frames < LEAST_FRAMES:
+        return False, (f"{told}: with fewer than {LEAST_FRAMES} frames that have boxes the split is too small to tell "
+                       f"who is better; the champion stays. {more}")
+    if within is not None and not within[0] > 1e-9:
+        return False, (f"{told}: better by {new - old:.4f}, but the interval reaches down to 0, so the split is too "
+                       f"small to tell it from chance; the champion stays. {more}")
     drops = {label: ap - challenger["per_class"].get(label, 0.0) for label, ap in champion["per_class"].items()}
     worst = max(drops, key=lambda label: drops[label], default=None)
     if max_class_drop is not None and worst is not None and drops[worst] > max_class_drop + 1e-9:

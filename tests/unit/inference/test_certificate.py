@@ -16,7 +16,7 @@ from workbench.boxes import Detections
 from workbench.certificates import Certificates
 from workbench.errors import Invalid
 from workbench.evaluation.metrics import score
-from workbench.inference import certificate
+from workbench.evaluation.paired import matches
 from workbench.inference.certificate import LIMITS, compare, judge, key, sign, verify
 from workbench.ports import BackendReport
 from workbench.records import Records
@@ -67,8 +67,7 @@ class TestFigures:
         expected = score(truth, fp32, COLOURS).per_class
         names = sorted(truth)
         for class_id, label in enumerate(COLOURS.labels[:2]):
-            found = certificate._matches([truth[name] for name in names], [fp32[name] for name in names], label,
-                                         class_id)
+            found = matches([truth[name] for name in names], [fp32[name] for name in names], label, class_id)
             assert found.average_precision(np.ones(len(names))) == pytest.approx(expected[label]["ap"], abs=1e-9)
 
     def test_a_frame_drawn_twice_counts_as_two_equal_frames(self) -> None:
@@ -78,7 +77,7 @@ class TestFigures:
         twice = [name for name, weight in zip(names, weights) for _ in range(weight)]
 
         def matched(order: list[str]) -> Any:
-            return certificate._matches([truth[name] for name in order], [fp32[name] for name in order], "red", 0)
+            return matches([truth[name] for name in order], [fp32[name] for name in order], "red", 0)
         assert matched(names).average_precision(weights) == pytest.approx(
             matched(twice).average_precision(np.ones(len(twice))), abs=1e-9)
 

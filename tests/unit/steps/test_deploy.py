@@ -91,6 +91,27 @@ def test_the_deployed_model_is_offered_first_then_the_champion_then_what_shares_
     assert shop.offered("red", "white") == ["odd@1", "champion@3", "student@10", "student@2", "half@1"]
 
 
+def test_who_was_champion_on_a_date_is_a_question_to_the_ledger(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    for at, model, facts in (("2026-03-01T08:00:00.000+00:00", "m@1", {"promoted": True}),
+                             ("2026-03-02T09:00:00.000+00:00", "m@2", {"promoted": True}),
+                             ("2026-03-02T10:00:00.000+00:00", "m@3", {"promoted": False}),
+                             ("2026-03-03T23:59:59.999+00:00", "m@1", {"promoted": True, "rollback": True})):
+        monkeypatch.setattr("workbench.records.now", lambda at=at: at)
+        shop.records.add("promotions", "cells", model, "ann", facts)
+    for at, model in (("2026-02-28", None), ("2026-03-01T07:59", None), ("2026-03-01T08:00", "m@1"), ("2026-03-01", "m@1"),
+                      ("2026-03-02T10:59+02:00", "m@1"), ("2026-03-02T11:00+02:00", "m@2"), ("2026-03-02", "m@2"),
+                      ("2026-03-03T23:00", "m@2"), ("2026-03-03", "m@1"), ("9999-12-31", "m@1"), ("0001-01-01", None),
+                      (None, "m@1")):
+        assert champion_of("cells", shop.records, at) == model, at
+    assert champion_of("signs", shop.records, "2026-03-03") is None
+
+
+@pytest.mark.parametrize("at", ["yesterday", "2026-02-30", "2026-13-01", "1.3.2026", "2026-03-01T25:00", "-1", "\u0662\u0660\u0662\u0666-03-01T"])
+def test_what_is_no_date_is_refused_with_how_to_write_one(shop: Shop, at: str) -> None:
+    with pytest.raises(Invalid, match="is no date. Write a day as 2026-05-01"):
+        champion_of("cells", shop.records, at)
+
+
 def test_an_offer_shows_how_its_labels_map(shop: Shop) -> None:
     shop.add("half@1", "red", "car")
     offer, = offers("cells", Taxonomy(("red", "white")), models=shop.models, records=shop.records)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ import pytest
 from onnx import numpy_helper
 from parts_training import BOX, RECIPES, Bench
 
-from workbench.errors import Invalid, NotFound, Unavailable
+from workbench.errors import Conflict, Invalid, NotFound, Unavailable
 from workbench.inference.graph import file_record
 from workbench.model import InputSpec, ModelCard
 from workbench.ports import Quiet
-from workbench.steps.promote import Decision, promote, verdict
+from workbench.steps.deploy import champion_of
+from workbench.steps.promote import Decision, digest_of, promote, verdict
+from workbench.steps.rollback import Rollback, earlier, rollback
 from workbench.taxonomy import Taxonomy
+
+SPLITS = ("train", "train", "val", *["test"] * 6)
 
 
 def _tiny() -> Any:
@@ -37,6 +42,17 @@ def _tiny() -> Any:
 
 class Promotions(Bench):
     """A Bench that registers hand-made models and promotes them."""
+
+    def publish(self, splits: tuple[str, ...] = SPLITS, label: str = "cell", shade: int = 0, moved: int = 0) -> str:
+        """`moved` of the test frames have their box 2 px aside."""
+        ref, store = super().publish(splits, label, shade), self.parts["store"]
+        if not moved:
+            return ref
+        manifest = store.manifest(ref)
+        names = {one.frame.name for one in manifest.split("test")[:moved]}
+        frames = tuple(one if one.frame.name not in names else replace(one, annotations=tuple(
+            replace(box, xyxy=tuple(value + 2 for value in BOX)) for box in one.annotations)) for one in manifest.frames)
+        return store.publish(self.dataset, replace(manifest, frames=frames), "test", "ann <ann@example.org>").ref
 
     def model(self, shift: float, trained_on: str = "", base_model: str = "", label: str = "cell", is_broken: bool = False) -> str:
         folder = self.folder / f"made {shift} {trained_on} {base_model} {label} {is_broken}".replace("/", "-")
@@ -61,6 +77,13 @@ class Promotions(Bench):
         parts = {name: self.parts[name] for name in ("models", "store", "blobs", "tracker", "open_backend", "person")}
         return promote(self.dataset, candidate, version, **{"records": self.records, "job": Quiet(id=job), **parts, **changed})
 
+    def rollback(self, job: str = "back-1", **changed: Any) -> Rollback:
+        parts = {name: self.parts[name] for name in ("models", "tracker", "person")}
+        return rollback(self.dataset, **{"records": self.records, "job": Quiet(id=job), **parts, **changed})
+
+    def aliases(self) -> tuple[str | None, str | None]:
+        return self.alias("champion"), self.alias("previous")
+
     def alias(self, name: str) -> str | None:
         found = self.parts["tracker"].by_alias(f"{self.dataset}-detector", name)
         return f"{found.name}@{found.version}" if found else None
@@ -82,8 +105,9 @@ def test_the_first_model_that_finds_something_becomes_champion_and_a_better_one_
     decision = bench.promote(better, version, "job-2")
     assert decision.promoted and decision.challenger["map_50_95"] == pytest.approx(0.8, abs=1e-6)
     assert decision.champion["model"] == first and decision.champion["map_50_95"] == pytest.approx(0.6, abs=1e-6)
-    assert decision.reason == (f"{better} scores map_50_95 0.8000, {first} 0.6000: better by 0.2000 (more than 0.005), the new "
-                               "champion.")
+    assert decision.reason == (f"{better} scores map_50_95 0.8000, {first} 0.6000 (95 % interval of the difference 0.2000 to 0.2000 "
+                               "over 6 frames): better by 0.2000 (more than 0.005), the new champion.")
+    assert decision.difference == pytest.approx(0.2) and decision.interval == pytest.approx([0.2, 0.2])
     assert (bench.alias("champion"), bench.alias("previous")) == (better, first)
 
     entry, older = bench.records.entries("promotions", bench.dataset)
@@ -92,7 +116,10 @@ def test_the_first_model_that_finds_something_becomes_champion_and_a_better_one_
     assert facts["challenger"]["per_class"] == {"cell": pytest.approx(0.8, abs=1e-6)}
     assert facts["champion"]["sha256"] == bench.parts["models"].card(first).files["model.onnx"]["sha256"]
     assert facts["dataset_digest"] == bench.parts["store"].version(version).digest
-    assert (facts["margin"], facts["frames"], facts["version"], facts["split"]) == (0.005, 1, version, "test")
+    assert facts["split_digest"] == digest_of(bench.parts["store"].manifest(version).split("test")) == decision.split_digest
+    assert (facts["margin"], facts["frames"], facts["version"], facts["split"]) == (0.005, 6, version, "test")
+    assert (facts["interval"], facts["draws"], facts["seed"], facts["lower_is_better"]) == (decision.interval, 300, 0, False)
+    assert older.facts["interval"] is None and older.facts["difference"] is None
     tags = {run["run_id"]: run["tags"] for run in bench.parts["tracker"].runs(bench.dataset)}
     assert tags[bench.parts["models"].card(better).run_id]["promotion"] == "champion"
 
@@ -116,6 +143,50 @@ def test_the_champion_is_not_promoted_over_itself(bench: Promotions) -> None:
     decision = bench.promote(champion, version, "job-2", margin=0)
     assert not decision.promoted and decision.reason == f"{champion} is the champion already."
     assert bench.alias("previous") is None
+
+
+def test_a_split_of_too_few_frames_keeps_the_champion_however_much_better_the_challenger_looks(bench: Promotions) -> None:
+    version = bench.publish(SPLITS[:-1])
+    champion = bench.model(4, version)
+    assert bench.promote(champion, version).promoted
+    decision = bench.promote(bench.model(0, version), version, "job-2")
+    assert not decision.promoted and decision.difference == pytest.approx(0.7, abs=1e-6)
+    assert "fewer than 6 frames that have boxes the split is too small to tell" in decision.reason
+    assert bench.alias("champion") == champion
+
+
+def test_a_difference_that_a_few_frames_make_is_not_told_from_chance(bench: Promotions) -> None:
+    version = bench.publish((*SPLITS, "test"), moved=4)
+    champion, challenger = bench.model(0, version), bench.model(2, version)  # better on four frames, worse on three
+    bench.promote(champion, version)
+    decision = bench.promote(challenger, version, "job-2")
+    assert not decision.promoted and decision.difference > 0.005 and decision.interval[0] < 0 < decision.interval[1]
+    assert "too small to tell it from chance" in decision.reason and bench.alias("champion") == champion
+    assert bench.promote(challenger, version, "job-3").interval == decision.interval, "the same seed, the same interval"
+    by_map_50 = bench.promote(challenger, version, "job-4", primary="map_50")
+    assert by_map_50.difference == pytest.approx(0) and by_map_50.interval == pytest.approx([0, 0])
+
+
+def test_an_entry_of_before_there_were_intervals_is_read(bench: Promotions) -> None:
+    version = bench.publish()
+    candidate = bench.model(2, version)
+    facts = {"dataset": bench.dataset, "version": version, "split": "test", "promoted": True, "reason": "It was so.",
+             "primary": "map_50_95", "margin": 0.005, "challenger": {"model": candidate, "map_50_95": 0.6}, "champion": None,
+             "dataset_digest": "d", "frames": 1, "leaked": 0, "job": "job-1", "key": "promote:job-1"}
+    bench.records.add("promotions", bench.dataset, candidate, "ann", facts, key="promote:job-1")
+    decision = bench.promote(candidate, version)
+    assert (decision.reason, decision.interval, decision.split_digest) == ("It was so.", None, "")
+    assert bench.alias("champion") == candidate
+
+
+def test_the_digest_of_a_split_moves_with_its_names_and_pixels_alone(bench: Promotions) -> None:
+    frames = bench.parts["store"].manifest(bench.publish()).split("test")
+    assert digest_of(frames) == digest_of(frames[::-1])
+    assert digest_of(tuple(replace(one, annotations=()) for one in frames)) == digest_of(frames)
+    for changed in ({"name": "other.png"}, {"blob": "0" * 32}):
+        other = (replace(frames[0], frame=replace(frames[0].frame, **changed)), *frames[1:])
+        assert digest_of(other) != digest_of(frames)
+    assert digest_of(frames[1:]) != digest_of(frames)
 
 
 @pytest.mark.parametrize("way", ["itself", "the model it started from"])
@@ -174,15 +245,6 @@ def test_a_kill_between_ledger_and_alias_is_mended_by_the_repeat_but_a_late_repe
     version = bench.publish()
     first, second = bench.model(2, version), bench.model(1, version)
 
-    class Dies:
-        def __init__(self, tracker: Any) -> None:
-            self._tracker = tracker
-
-        def __getattr__(self, name: str) -> Any:
-            if name == "set_alias":
-                raise Unavailable("The tracker went away.")
-            return getattr(self._tracker, name)
-
     with pytest.raises(Unavailable):
         bench.promote(first, version, tracker=Dies(bench.parts["tracker"]))
     assert bench.alias("champion") is None
@@ -205,7 +267,13 @@ def test_what_cannot_be_compared_is_refused_with_what_to_do(bench: Promotions) -
         bench.promote("yolox@1", version)
     with pytest.raises(NotFound):
         bench.promote(candidate, f"{bench.dataset}@9.9.9")
-    for changed in ({"primary": "accuracy"}, {"margin": math.nan}, {"margin": -1}):
+    with pytest.raises(Invalid, match="compares map_50_95 or map_50; there is no metric 'mAP50-95'"):
+        bench.promote(candidate, version, primary="mAP50-95")
+    for wrong in (True, "yes", 1):
+        with pytest.raises(Invalid, match="more of map_50 is better: lower_is_better must be false"):
+            bench.promote(candidate, version, primary="map_50", lower_is_better=wrong)
+    for changed in ({"primary": "accuracy"}, {"primary": ["map_50"]}, {"margin": math.nan}, {"margin": -1}, {"margin": "0.1"}, {"margin": True},
+                    {"max_class_drop": math.nan}, {"max_class_drop": 5}):
         with pytest.raises(Invalid, match="Promotion compares"):
             bench.promote(candidate, version, **changed)
     with pytest.raises(Invalid, match="Promotion compares"):
@@ -232,8 +300,106 @@ def test_a_label_that_falls_too_far_keeps_the_champion() -> None:
     assert not is_promoted and "'b' falls by 0.3000" in reason
 
 
+def test_scores_alone_do_not_win_when_the_interval_reaches_0() -> None:
+    assert verdict(NEW, OLD, within=(0.001, 0.1), frames=6)[0]
+    for within, frames in (((0.0, 0.1), 60), ((-0.01, 0.1), 60), ((math.nan, math.nan), 60), ((0.01, 0.1), 5)):
+        is_promoted, reason = verdict(NEW, OLD, within=within, frames=frames)
+        assert not is_promoted and "too small to tell" in reason and "Review more frames" in reason
+    assert verdict(NEW, None, within=None, frames=1)[0], "a first champion needs only a score"
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused_on_either_side(broken: float) -> None:
     for challenger, champion in (({**NEW, "map_50": broken}, OLD), (NEW, {**OLD, "map_50_95": broken}), ({**NEW, "map_50_95": broken}, None)):
         is_promoted, reason = verdict(challenger, champion)
         assert not is_promoted and "is not a number" in reason
+
+
+class Dies:
+    """A tracker that goes away when an alias is set."""
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker = tracker
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "set_alias":
+            raise Unavailable("The tracker went away.")
+        return getattr(self._tracker, name)
+
+
+def test_a_rollback_swaps_champion_and_previous_and_can_be_rolled_back(bench: Promotions) -> None:
+    version = bench.publish()
+    first, second = bench.model(2, version), bench.model(1, version)
+    bench.promote(first, version)
+    bench.promote(second, version, "job-2")
+    done = bench.rollback(to=first)
+    assert bench.aliases() == (first, second) and champion_of(bench.dataset, bench.records) == first
+    assert done.reason == f"{first} is champion again in place of {second}, rolled back by ann; nothing was measured."
+    entry = bench.records.entries("promotions", bench.dataset, limit=1)[0]
+    assert (entry.subject, entry.person, entry.facts["promoted"], entry.facts["rollback"]) == (first, "ann", True, True)
+    assert entry.facts["challenger"]["map_50_95"] == pytest.approx(0.6, abs=1e-6) and entry.facts["champion"] == {"model": second}
+    assert bench.rollback() == done and len(bench.records.entries("promotions", bench.dataset)) == 3
+    assert json.loads(json.dumps(done.to_json(), allow_nan=False)) == done.to_json()
+    assert earlier(bench.dataset, bench.records).subject == second
+    with pytest.raises(Conflict, match=f"is {second} by now, not {first}"):
+        bench.rollback("back-2", to=first)
+    bench.rollback("back-2")
+    assert bench.aliases() == (second, first)
+    bench.rollback("back-1")
+    assert bench.aliases() == (second, first), "a late repeat undoes nothing"
+
+
+def test_a_rollback_is_followed_by_a_promotion_against_the_model_that_leads_again(bench: Promotions) -> None:
+    version = bench.publish()
+    models = [bench.model(shift, version) for shift in (4, 1, 2)]
+    bench.promote(models[0], version)
+    bench.promote(models[1], version, "job-2")
+    bench.rollback()
+    decision = bench.promote(models[2], version, "job-3")
+    assert decision.promoted and decision.champion["model"] == models[0]
+    assert bench.aliases() == (models[2], models[0]) and earlier(bench.dataset, bench.records).subject == models[0]
+
+
+def test_a_rollback_killed_between_ledger_and_aliases_is_mended_even_after_a_refused_challenger(bench: Promotions) -> None:
+    version = bench.publish()
+    first, second = bench.model(2, version), bench.model(1, version)
+    bench.promote(first, version)
+    bench.promote(second, version, "job-2")
+    with pytest.raises(Unavailable):
+        bench.rollback(tracker=Dies(bench.parts["tracker"]))
+    assert bench.aliases() == (second, first) and champion_of(bench.dataset, bench.records) == first
+    bench.promote(bench.model(20, version), version, "job-3")
+    bench.rollback()
+    assert bench.aliases() == (first, second) and len(bench.records.entries("promotions", bench.dataset)) == 4
+
+
+def test_a_rollback_to_nothing_or_to_a_model_that_cannot_lead_is_refused(bench: Promotions) -> None:
+    with pytest.raises(Invalid, match="no champion before the present one"):
+        bench.rollback()
+    with pytest.raises(Invalid, match="Data set name"):
+        rollback("../x", models=bench.parts["models"], tracker=bench.parts["tracker"], records=bench.records, job=Quiet(id="j"),
+                 person="ann")
+    version = bench.publish()
+    first, second = bench.model(2, version), bench.model(1, version)
+    bench.promote(first, version)
+    bench.promote(bench.model(4, version), version, "job-1b")  # refused: it never led
+    with pytest.raises(Invalid, match="no champion before the present one"):
+        bench.rollback()
+    bench.promote(second, version, "job-2")
+    file = bench.parts["models"].folder(first) / "model.onnx"
+    good = file.read_bytes()
+    for spoil in (lambda: file.write_bytes(good[:-1] + b"x"), file.unlink):
+        spoil()
+        with pytest.raises(Invalid, match=f"{first} cannot be champion again: .*promote another model"):
+            bench.rollback()
+    file.write_bytes(good)
+    stranger = {"promoted": True, "challenger": {"model": first, "sha256": "0" * 64}}
+    bench.records.add("promotions", bench.dataset, first, "ann", stranger, key="a")
+    bench.records.add("promotions", bench.dataset, second, "ann", {"promoted": True}, key="b")
+    with pytest.raises(Invalid, match=f"{first} cannot be champion again: its file is another"):
+        bench.rollback()
+    for key, ref in (("c", f"{bench.dataset}-detector@77"), ("d", second)):
+        bench.records.add("promotions", bench.dataset, ref, "ann", {"promoted": True}, key=key)
+    with pytest.raises(Invalid, match="@77 cannot be champion again: .*is not registered"):
+        bench.rollback()
+    assert bench.aliases() == (second, first) and len(bench.records.entries("promotions", bench.dataset)) == 7
