@@ -32,7 +32,13 @@ class Config:
     gateway_body_mb    largest body of a call by CVAT in MiB
     cvat_look_s        how often CVAT is asked what its webhooks may have missed, in seconds; 0: never
     cvat_publish       what becomes of accepted work: "ask" offers the next version, "publish" publishes it at once
+    retrain_repositories  git repositories besides this project's that trainings may run, comma-separated:
+                       https://host/path, ssh://host/path or paths, each with all below it
+    retrain_queue      trainings that may wait; POST /retrain answers 429 beyond
     nuclio_url         dashboard of a Nuclio server that models can be deployed to instead
+    discord_webhook    a Discord channel's webhook that is told of trainings and promotions; a secret; empty: nobody is
+    notify_urls        further channels as apprise addresses, separated by commas or spaces; secrets
+    public_url         where people's browsers reach MLflow, for links in messages; empty: as this machine does
     person             who acts when nobody has signed in
     """
 
@@ -65,9 +71,14 @@ class Config:
     gateway_allow: str = "127.0.0.0/8, ::1/128"
     gateway_url: str = ""
     gateway_body_mb: int = 32
+    retrain_repositories: str = ""
+    retrain_queue: int = 20
     nuclio_url: str = ""
     cvat_look_s: int = 60
     cvat_publish: str = "ask"
+    discord_webhook: str = ""
+    notify_urls: str = ""
+    public_url: str = ""
 
     @classmethod
     def read(cls, home: str | Path | None = None, environ: dict[str, str] | None = None) -> Config:

@@ -34,7 +34,8 @@ def _ledger(name: str) -> sa.Table:
 
 
 LEDGERS = {name: _ledger(name) for name in ("reviews", "machine_runs", "promotions", "deployments", "uploads",
-                                             "certificates", "cvat_deployments", "pulls", "cvat_reviews")}
+                                             "certificates", "cvat_deployments", "pulls", "cvat_reviews",
+                                             "notifications")}
 
 
 @dataclass(frozen=True)

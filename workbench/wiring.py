@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # numpy and OpenCV are not imported before something runs
     from workbench.inference.graph import Graph
     from workbench.inference.probe import Plan
     from workbench.model import ModelCard
+    from workbench.notifications import Channel
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +102,27 @@ class Workbench:
     def tracker(self) -> Tracker:
         from workbench.adapters.mlflow import MlflowTracker
         return MlflowTracker(self.config.mlflow)
+
+    def channels(self) -> list[Channel]:
+        """Where messages about jobs go, as the settings say. Raises Invalid for an address that is none."""
+        found: list[Channel] = []
+        if self.config.discord_webhook:
+            from workbench.adapters.discord import Discord
+            found.append(Discord(self.config.discord_webhook))
+        if self.config.notify_urls:
+            from workbench.adapters.apprise import Apprise, addresses
+            found += [Apprise(one, at) for at, one in enumerate(addresses(self.config.notify_urls), 1)]
+        return found
+
+    @cached_property
+    def outbox(self):
+        """Sends messages beside the work. Wrong settings are a warning here: they stop no worker."""
+        from workbench.notifications import Outbox, logger
+        try:
+            return Outbox(self.channels())
+        except Invalid as error:
+            logger.warning("%s Until then no messages are sent.", error)
+            return Outbox([])
 
     def open_backend(self, onnx: Path | Graph, backend: str | None = None, *, streams: int = 0, batch: int = 1) -> Backend:
         """The opened graph of a file or in memory; `streams` and `batch` as a plan says. Raises Invalid for a backend
