@@ -12,19 +12,20 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 WORDS = {"taxonomy", "annotation", "boxes", "dataset", "model", "run", "errors", "blobs", "config", "records", "quickstart",
-         "certificates", "hooks",
+         "certificates", "hooks", "notifications",
          "inference", "evaluation", "formats"}
 # Who may import what of the workbench; a layer may always import itself unless it says otherwise.
 ALLOWED = {
     "words": WORDS,
     "ports": WORDS,
-    "steps": WORDS | {"ports", "steps", "recipe"},
+    "steps": WORDS | {"ports", "steps", "recipe", "repository"},
     "recipe": WORDS | {"ports"},
+    "repository": WORDS | {"recipe"},
     "adapters": WORDS | {"ports", "adapters"},  # only itself: test_adapters_do_not_import_each_other
     "wiring": WORDS | {"ports", "adapters", "jobs", "kinds"},
     "jobs": WORDS | {"ports", "jobs"},
-    "kinds": WORDS | {"ports", "steps", "recipe", "wiring"},
-    "outer": WORDS | {"ports", "steps", "recipe", "wiring", "jobs", "kinds", "supervise", "doctor", "service", "demo", "cli"},
+    "kinds": WORDS | {"ports", "steps", "recipe", "repository", "wiring"},
+    "outer": WORDS | {"ports", "steps", "recipe", "repository", "wiring", "jobs", "kinds", "supervise", "doctor", "service", "demo", "cli"},
 }
 # A vendor's library is imported only where it is driven.
 VENDORS = {
@@ -36,7 +37,7 @@ VENDORS = {
     "tensorrt": {"workbench/adapters/tensorrt"}, "tensorrt_rtx": {"workbench/adapters/tensorrt"},
     "tensorrt_rtx_bindings": {"workbench/adapters/tensorrt"}, "pycuda": {"workbench/adapters/tensorrt"},
     "cuda": {"workbench/adapters/tensorrt"},
-    "cvat_sdk": {"workbench/adapters/cvat"}, "github": {"workbench/adapters/github"},
+    "apprise": {"workbench/adapters/apprise"}, "cvat_sdk": {"workbench/adapters/cvat"}, "github": {"workbench/adapters/github"},
 }
 HEAVY = ("torch", "fiftyone", "mlflow", "tensorrt", "pycuda", "streamlit", "openvino", "onnxruntime", "cv2", "dbos", "sqlalchemy")
 

@@ -221,13 +221,37 @@ def retrain(config: Config, version: str, recipe: str | None, param: tuple[str, 
 @click.argument("candidate")
 @click.argument("version")
 @click.option("--margin", type=click.FloatRange(0, 1), help="By how much the candidate has to be better.")
+@click.option("--primary", help="The metric that decides: map_50_95 (the default) or map_50.")
+@click.option("--max-class-drop", type=click.FloatRange(0, 1), help="By how much no label's AP may fall.")
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
 @step
-def promote(config: Config, dataset: str, candidate: str, version: str, margin: float | None, split: str,
-            **how: bool) -> int:
-    """Score CANDIDATE and the champion of DATASET on the same split of VERSION; the better one leads."""
+def promote(config: Config, dataset: str, candidate: str, version: str, margin: float | None, primary: str | None,
+            max_class_drop: float | None, split: str, **how: bool) -> int:
+    """Score CANDIDATE and the champion of DATASET on the same split of VERSION; the surely better one leads."""
     return _job(config, "promote", {"dataset": dataset, "candidate": candidate, "version": version, "margin": margin,
-                                    "split": split}, **how)
+                                    "primary": primary, "max_class_drop": max_class_drop, "split": split}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option("--to", help="The model expected to lead again; refused when it would be another.")
+@step
+def rollback(config: Config, dataset: str, to: str | None, **how: bool) -> int:
+    """Make the champion before the present one of DATASET champion again."""
+    return _job(config, "rollback", {"dataset": dataset, "to": to}, **how)
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option("--on", help="A day (2026-05-01: at its end) or a moment (2026-05-01T12:00), UTC; now otherwise.")
+@click.pass_obj
+def champion(config: Config, dataset: str, on: str | None) -> None:
+    """Print the champion of DATASET, now or on a date."""
+    from workbench.steps.deploy import champion_of
+    found = champion_of(dataset, _open(config).records, on)
+    if found is None:
+        raise NotFound(f"{dataset} has no champion{f' on {on}' if on else ''}. `workbench promote` makes one.")
+    click.echo(found)
 
 
 @cli.command()
@@ -393,6 +417,28 @@ def add_model(config: Config, folder: Path) -> None:
     click.echo(f"{card.ref} is registered; it runs on {report['library']}, {report['device']}, {report['precision']}.")
 
 
+@cli.command()
+@click.option("--test", is_flag=True, help="Send each of them a test message.")
+@click.pass_obj
+def notify(config: Config, test: bool) -> int:
+    """List the channels that are told of trainings and promotions (docs/notifications.md)."""
+    from workbench.notifications import Message
+    channels = _open(config).channels()
+    if not channels:
+        raise Invalid(f"No channel is set. Write discord_webhook or notify_urls into {config.home / 'settings.toml'}.")
+    failed = 0
+    for channel in channels:
+        try:
+            if test:
+                channel.send(Message("A test message of the workbench", "Messages about trainings will come here.",
+                                     (("By", config.person),)))
+            click.echo(f"{channel.name}: {'the message is sent' if test else 'set'}")
+        except WorkbenchError as error:
+            failed += 1
+            click.echo(f"{channel.name}: {error}", err=True)
+    return 1 if failed else 0
+
+
 @cli.command(hidden=True)
 @click.pass_obj
 def worker(config: Config) -> None:
@@ -402,6 +448,7 @@ def worker(config: Config) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     workbench = _open(config)
     workbench.jobs.work(workbench.job_kinds())
+    workbench.outbox.close()
     # A step that did not stop in time still has its thread, which would hold this process back.
     sys.stdout.flush()
     os._exit(0)

@@ -21,8 +21,11 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "correct": (("dataset", "truth"), ()),
     "version": (("dataset",), ("message", "bump", "include")),
     "evaluate": (("model", "version"), ("split", "dataset")),
-    "retrain": (("version",), ("recipe", "params", "base_model", "dataset")),
-    "promote": (("dataset", "candidate", "version"), ("split", "margin", "primary", "max_class_drop")),
+    "retrain": (("version",), ("recipe", "params", "base_model", "dataset", "repository", "commit", "location",
+                               "experiment", "register_as", "primary", "lower_is_better", "request")),
+    "promote": (("dataset", "candidate", "version"), ("split", "margin", "primary", "lower_is_better",
+                                                     "max_class_drop")),
+    "rollback": (("dataset",), ("to",)),
     "deploy": (("dataset", "model"), ()),
     "quantize": (("model", "version"), ("split", "frames", "seed", "limits", "dataset")),
     "certify": (("model", "version"), ("split", "against", "limits", "dataset")),
@@ -43,14 +46,21 @@ def check(kind: str, args: dict[str, Any]) -> None:
         raise Invalid(f"A {kind} job needs {', '.join(needed)} and may have {', '.join(possible) or 'nothing else'}; "
                       + " and ".join([*([f"{', '.join(missing)} is missing"] if missing else []),
                                       *([f"{', '.join(foreign)} is none of them"] if foreign else [])]) + ".")
+    if kind == "retrain" and args.get("repository") is not None:
+        from workbench.repository import read_address
+        # Before the job is stored: an address with a password must not be.
+        read_address(str(args["repository"]))
 
 
 def all_of(workbench: Workbench) -> dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]]:
     """kind -> function of (arguments, job) that gives the step's report as JSON."""
     steps = {"upload": _upload, "annotate": _annotate, "undo": _undo, "correct": _correct, "version": _version,
-             "evaluate": _evaluate, "retrain": _retrain, "promote": _promote, "deploy": _deploy,
+             "evaluate": _evaluate, "retrain": _retrain, "promote": _promote, "rollback": _rollback, "deploy": _deploy,
              "quantize": _quantize, "certify": _certify, "pull": _pull, "send": _send}
-    return {kind: partial(_checked, kind, step, workbench) for kind, step in steps.items()}
+    from workbench.steps.announce import announced
+    return announced({kind: partial(_checked, kind, step, workbench) for kind, step in steps.items()},
+                     outbox=workbench.outbox, records=lambda: workbench.records, tracker=lambda: workbench.tracker,
+                     models=lambda: workbench.models, public_url=workbench.config.public_url)
 
 
 def _checked(kind: str, step: Callable[..., dict[str, Any]], workbench: Workbench, args: dict[str, Any],
@@ -105,11 +115,13 @@ def _evaluate(workbench: Workbench, job: Job, person: str, model: str, version: 
     return {"map_50_95": found.metrics.map_50_95, "map_50": found.metrics.map_50, **found.to_json(with_boxes=False)}
 
 
-def _retrain(workbench: Workbench, job: Job, person: str, version: str, dataset: str = "", **more: Any) -> dict[str, Any]:
+def _retrain(workbench: Workbench, job: Job, person: str, version: str, dataset: str = "", request: str = "",
+             **more: Any) -> dict[str, Any]:
     from workbench.steps.retrain import retrain
     return retrain(version, store=workbench.datasets, blobs=workbench.blobs, tracker=workbench.tracker,
                    models=workbench.models, home=workbench.config.home, job=job, project=PROJECT,
-                   open_backend=workbench.open_backend, person=person, **more).to_json()
+                   repositories=workbench.config.retrain_repositories, open_backend=workbench.open_backend, person=person,
+                   **more).to_json()
 
 
 def _promote(workbench: Workbench, job: Job, person: str, dataset: str, candidate: str, version: str,
@@ -118,6 +130,12 @@ def _promote(workbench: Workbench, job: Job, person: str, dataset: str, candidat
     return promote(dataset, candidate, version, models=workbench.models, store=workbench.datasets,
                    blobs=workbench.blobs, tracker=workbench.tracker, records=workbench.records,
                    open_backend=workbench.open_backend, job=job, person=person, **more).to_json()
+
+
+def _rollback(workbench: Workbench, job: Job, person: str, dataset: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.rollback import rollback
+    return rollback(dataset, models=workbench.models, tracker=workbench.tracker, records=workbench.records, job=job,
+                    person=person, **more).to_json()
 
 
 def _deploy(workbench: Workbench, job: Job, person: str, dataset: str, model: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ RECIPE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # What a text value may be made of: nothing that a shell, a path or str.format gives a meaning to.
 _TEXT = re.compile(r"[A-Za-z0-9_.,:+][A-Za-z0-9_.,:+-]{0,199}")
 # Hooks, file-system monitors and the ext transport start programs that a repository names; none is needed here.
-_GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "protocol.ext.allow=never",
-        "-c", "gc.auto=0", "-c", "advice.detachedHead=false")
+NO_PROGRAMS = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "protocol.ext.allow=never",
+               "-c", "gc.auto=0", "-c", "advice.detachedHead=false")
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,18 @@ class Recipe:
     commit       full SHA
     parameters   name -> (type as MLproject writes it, default or None where a value must be given), of entry point main
     uncommitted  files of the recipe in the project folder that differ from the commit; they do not take part
+    place        its folder in a repository that is not the project's, "." for the top
     """
 
     name: str
     commit: str
     parameters: dict[str, tuple[str, Any]]
     uncommitted: tuple[str, ...] = ()
+    place: str = ""
 
     @property
     def folder(self) -> str:
-        return f"models/{self.name}"
+        return self.place or f"models/{self.name}"
 
     def arguments(self, params: dict[str, Any], ours: dict[str, str]) -> dict[str, str]:
         """What the entry point gets: a person's `params`, checked, and `ours`, the folders that the workbench chooses.
@@ -62,7 +64,7 @@ class Recipe:
         if undeclared:
             raise Invalid(f"Recipe {self.name} does not declare {', '.join(undeclared)} in {self.folder}/MLproject, "
                           "which this training needs. See docs/adopting.md.")
-        values = {name: _plain(self.name, name, self.parameters[name][0], value) for name, value in params.items()}
+        values = {name: plain(self.name, name, self.parameters[name][0], value) for name, value in params.items()}
         values |= ours
         missing = sorted(name for name, (_, default) in self.parameters.items()
                          if default is None and name not in values)
@@ -77,31 +79,35 @@ def recipes(project: Path) -> list[str]:
     return sorted(parts[1] for parts in (line.split("/") for line in listed) if parts[2:] == ["MLproject"])
 
 
-def read_recipe(project: Path, name: str, commit: str | None = None) -> Recipe:
-    """The recipe as it stands in `commit` (full SHA), or in HEAD.
+def read_recipe(project: Path, name: str, commit: str | None = None, place: str = "") -> Recipe:
+    """The recipe as it stands in `commit` (full SHA), or in HEAD; in models/<name>, or in the folder `place`.
 
     Raises Invalid when the name is not one, the project is no git checkout or MLproject cannot be read, NotFound when
     the commit has no such recipe.
     """
-    if not RECIPE_NAME.fullmatch(name):
+    if not place and not RECIPE_NAME.fullmatch(name):
         raise Invalid(f"Recipe name {name!r} must be lower-case letters, digits, - or _, at most 63 of them.")
     commit = commit or head(project)
-    file = f"models/{name}/MLproject"
+    file = f"{place or f'models/{name}'}/MLproject".removeprefix("./")
     if not git(project, "ls-tree", "--name-only", commit, "--", file).strip():
         raise NotFound(f"Commit {commit[:12]} of {project} has no {file}. Commit the recipe first; there are "
                        f"{', '.join(recipes(project)) or 'none'}.")
     try:
-        main = yaml.safe_load(git(project, "cat-file", "blob", f"{commit}:{file}"))["entry_points"]["main"]
+        written = yaml.safe_load(git(project, "cat-file", "blob", f"{commit}:{file}"))
+        main = written["entry_points"]["main"]
         parameters = {str(key): _declared(value) for key, value in (main.get("parameters") or {}).items()}
         if not isinstance(main["command"], str):
             raise TypeError("command is no text")
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise Invalid(f"{file} at {commit[:12]} has no entry point main with a command: {error!r}. Mend and commit "
                       "it.") from error
+    if "docker_env" in written:
+        raise Invalid(f"{file} at {commit[:12]} asks for docker_env; recipes run in the workbench's own environment. "
+                      "Take it out and commit.")
     is_bare = git(project, "rev-parse", "--is-bare-repository").strip() == "true"
     changed = "" if is_bare else git(project, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all",
                                      "--", f"models/{name}")
-    return Recipe(name, commit, parameters, tuple(entry[3:] for entry in changed.split("\0") if entry))
+    return Recipe(name, commit, parameters, tuple(entry[3:] for entry in changed.split("\0") if entry), place)
 
 
 def head(project: Path) -> str:
@@ -119,20 +125,22 @@ def check_out(project: Path, commit: str, mirrors: Path, folder: Path) -> None:
     """Makes `folder` a fresh checkout of the commit, from a private mirror of the project kept below `mirrors`.
 
     The project itself is only read: MLflow, hooks and the recipe never see it. Whatever lay in `folder` is replaced.
+    A `project` that is such a mirror itself (repository.fetch) is used as it is.
     """
-    mirror = mirrors / f"{sha256(str(project.resolve()).encode()).hexdigest()[:16]}.git"
+    mirror = _mirror(project, mirrors)
     mirrors.mkdir(parents=True, exist_ok=True)
     with open(mirrors / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not mirror.exists():
+        if mirror != project and not mirror.exists():
             half = mirror.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)
             git(mirrors, "clone", "--quiet", "--mirror", "--no-hardlinks", str(project.resolve()), str(half))
             half.rename(mirror)
-        # HEAD is asked for by itself: it may be detached, then no branch or tag leads to it. Nothing is pruned, so that
-        # the commit of an interrupted training stays.
-        git(mirror, "fetch", "--quiet", "--no-prune", "--update-shallow", "origin", "+refs/*:refs/*",
-            "+HEAD:refs/workbench/head")
+        if mirror != project:
+            # HEAD is asked for by itself: it may be detached, then no branch or tag leads to it. Nothing is pruned, so
+            # that the commit of an interrupted training stays.
+            git(mirror, "fetch", "--quiet", "--no-prune", "--update-shallow", "origin", "+refs/*:refs/*",
+                "+HEAD:refs/workbench/head")
         shutil.rmtree(folder, ignore_errors=True)
         git(mirror, "worktree", "prune")
         git(mirror, "worktree", "add", "--quiet", "--detach", "--force", str(folder), commit)
@@ -140,7 +148,7 @@ def check_out(project: Path, commit: str, mirrors: Path, folder: Path) -> None:
 
 def discard(project: Path, mirrors: Path, folder: Path) -> None:
     """Removes a checkout made by `check_out`."""
-    mirror = mirrors / f"{sha256(str(project.resolve()).encode()).hexdigest()[:16]}.git"
+    mirror = _mirror(project, mirrors)
     shutil.rmtree(folder, ignore_errors=True)
     if mirror.exists():
         with open(mirrors / ".lock", "w") as lock:
@@ -148,12 +156,20 @@ def discard(project: Path, mirrors: Path, folder: Path) -> None:
             git(mirror, "worktree", "prune")
 
 
+def _mirror(project: Path, mirrors: Path) -> Path:
+    if project.parent == mirrors:
+        return project
+    return mirrors / f"{sha256(str(project.resolve()).encode()).hexdigest()[:16]}.git"
+
+
 def git(folder: Path, *arguments: str) -> str:
     """Runs git in a folder without hooks and without a person to ask; returns what it printed. Raises Invalid."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= {"LC_ALL": "C.UTF-8", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
+    environment |= {"LC_ALL": "C.UTF-8", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0",
+                    # A repository's own .lfsconfig names the server that large files would be asked from.
+                    "GIT_LFS_SKIP_SMUDGE": "1"}
     try:
-        done = subprocess.run([*_GIT, "-C", str(folder), *arguments], env=environment, stdin=subprocess.DEVNULL,
+        done = subprocess.run([*NO_PROGRAMS, "-C", str(folder), *arguments], env=environment, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, errors="surrogateescape", timeout=GIT_TIMEOUT_S)
     except FileNotFoundError as error:
         raise Unavailable("git is not installed; install it (Debian, Ubuntu: apt-get install git).") from error
@@ -168,8 +184,11 @@ def _declared(value: Any) -> tuple[str, Any]:
     return (value, None) if isinstance(value, str) else (value.get("type", "string"), value.get("default"))
 
 
-def _plain(recipe: str, name: str, kind: str, value: Any) -> str:
-    """The value as text, when it is a plain number or word; MLflow puts it into a shell command."""
+def plain(recipe: str, name: str, kind: str, value: Any) -> str:
+    """The value as text, when it is a plain number or word; MLflow puts it into a shell command.
+
+    Its quoting does not help where the command's author wrote quotes around a parameter. Raises Invalid.
+    """
     if isinstance(value, bool):
         value = int(value)
     if kind in ("float", "int") or isinstance(value, (int, float)):

@@ -19,7 +19,8 @@ from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 PROJECT = Path(__file__).resolve().parents[2]
-STEPS = ("upload", "annotate", "undo", "evaluate", "version", "retrain", "promote", "deploy", "quantize", "certify")
+STEPS = ("upload", "annotate", "undo", "evaluate", "version", "retrain", "promote", "rollback", "deploy", "quantize",
+         "certify")
 
 
 @pytest.fixture()
@@ -44,7 +45,7 @@ def test_help_tells_the_loop_in_its_order_and_is_quick(config: Config) -> None:
     assert said.returncode == 0 and best < 1.0
     assert "upload -> annotate -> review -> evaluate -> version -> retrain -> promote -> deploy" in said.stdout
     listed = [line.split()[0] for line in said.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert listed == ["up", "doctor", "demo", *STEPS[:5], "diff", *STEPS[5:], "watch", "jobs", "datasets", "models"]
+    assert listed == ["up", "doctor", "demo", *STEPS[:5], "diff", *STEPS[5:8], "champion", *STEPS[8:], "watch", "jobs", "datasets", "models", "notify"]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -53,7 +54,8 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [*STEPS, "up", "doctor", "demo", "diff", "watch", "jobs", "datasets", "models"])
+@pytest.mark.parametrize("command", [*STEPS, "up", "doctor", "demo", "diff", "champion", "watch", "jobs", "datasets", "models",
+                                     "notify"])
 def test_every_command_explains_itself(config: Config, command: str) -> None:
     assert cli.cli.commands[command].get_short_help_str(200)
     for option in cli.cli.commands[command].params:
@@ -69,6 +71,10 @@ def test_every_job_kind_has_a_command_but_those_of_the_demo_and_of_the_cvat_page
     (["annotate", "cells"], 1, "No model is deployed for cells"),
     (["deploy", "cells", "student@1"], 1, "Start `workbench up`"),
     (["annotate", "cells", "m@1", "--rename", "lorry", "--detach"], 2, "must read NAME=VALUE"),
+    (["champion", "cells"], 1, "cells has no champion. `workbench promote`"),
+    (["champion", "cells", "--on", "2026-05-01"], 1, "cells has no champion on 2026-05-01"),
+    (["champion", "cells", "--on", "May"], 2, "'May' is no date. Write a day as 2026-05-01"),
+    (["rollback", "cells"], 1, "Start `workbench up`"),
     (["diff", "cells", "cells@1.0.0"], 2, "MAJOR.MINOR.PATCH"),
     (["diff", "cells@0.1.0", "cells@1.0.0"], 1, "cells"),
     (["models", "add", "/"], 2, "docs/adopting.md"),

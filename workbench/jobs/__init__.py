@@ -61,6 +61,10 @@ class JobStatus:
         return self.state in ("done", "failed", "cancelled")
 
 
+def _keyed(kind: str, key: str) -> str:
+    return hashlib.sha256(f"{kind}\0{key}".encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Worker:
     """A worker process that has not been found dead."""
@@ -93,7 +97,7 @@ class Jobs:
             text = json.dumps(args, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise Invalid(f"Arguments of a {kind} job must be plain JSON: {error}.") from error
-        job_id = hashlib.sha256(f"{kind}\0{key}".encode()).hexdigest()[:16] if key else uuid.uuid4().hex[:16]
+        job_id = _keyed(kind, key) if key else uuid.uuid4().hex[:16]
         row = {"id": job_id, "kind": kind, "args": text, "person": person, "state": "queued", "created_at": now()}
         try:
             with self._engine.begin() as connection:
@@ -105,6 +109,10 @@ class Jobs:
                                "Use another key for another request.") from None
         self._enqueue(job_id, kind)
         return job_id
+
+    def find(self, kind: str, key: str) -> JobStatus | None:
+        """The job that `submit` made for a key."""
+        return next(iter(self._read(jobs.c.id == _keyed(kind, key), limit=1)), None)
 
     def get(self, job_id: str) -> JobStatus:
         found = self._read(jobs.c.id == job_id, limit=1)
@@ -191,6 +199,10 @@ class Jobs:
             row.id, row.kind, json.loads(row.args), row.person, row.state, row.done, row.total, row.note, row.failed,
             json.loads(row.result) if row.result else None, row.error, row.cancel and row.state == "running",
             row.created_at, row.started_at, row.finished_at, row.worker or "") for row in rows]
+
+    def prepare(self) -> None:
+        """What the first submission would wait a second for: the queue's tables and its library."""
+        _ = self._client
 
     def _enqueue(self, job_id: str, kind: str) -> None:
         """Hands the job to DBOS; a job it has is left alone."""

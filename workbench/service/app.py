@@ -27,6 +27,7 @@ from workbench.service.cvat_hooks import CvatHooks
 from workbench.service.metrics import Metrics
 from workbench.service.predict import Counted, Predict
 from workbench.service.refusals import Refusal, status_of
+from workbench.service.retrain import Retraining
 from workbench.service.schema import Problem
 from workbench.supervise import parts
 from workbench.wiring import Workbench
@@ -61,6 +62,7 @@ def create(config: Config | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         hooks.start()
+        await asyncio.to_thread(workbench.jobs.prepare)
         yield
         await asyncio.to_thread(hooks.close)
         await asyncio.to_thread(predict.close)
@@ -140,6 +142,7 @@ def create(config: Config | None = None) -> FastAPI:
         return [{"ref": ref, **workbench.models.card(ref).to_json()} for ref in workbench.models.refs()]
 
     v1.include_router(predict.router())
+    v1.include_router(Retraining(workbench).router())
     app.include_router(v1)
     # Without the token, which CVAT cannot send: its messages are signed.
     app.include_router(hooks.router())

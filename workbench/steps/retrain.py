@@ -24,9 +24,10 @@ from workbench.evaluation.effort import THRESHOLDS, least_effort
 from workbench.formats.checkout import write_checkout
 from workbench.inference.detector import OpenBackend, check_card
 from workbench.inference.graph import file_record
-from workbench.model import MODEL_NAME, InputSpec, ModelCard
+from workbench.model import MODEL_NAME, InputSpec, ModelCard, parse_model_ref
 from workbench.ports import DatasetStore, Job, ModelStore, Tracker
 from workbench.recipe import Recipe, check_out, discard, read_recipe
+from workbench.repository import check_commit, check_location, fetch, permitted
 from workbench.steps.evaluate import evaluate
 from workbench.steps.training import Training
 
@@ -37,6 +38,9 @@ THRESHOLD_FRAMES = 300
 RESULTS = ("model.onnx", "card.json", "metrics.json")
 # The tracker failed, not the training; sysexits.h calls it EX_TEMPFAIL.
 TRY_AGAIN = 75
+# Begins with a letter or digit, so that no command line reads it as an option.
+EXPERIMENT = re.compile(r"[^\W_][\w .:+/-]{0,199}")
+METRIC = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,99}")
 # `mlflow run` without its command line, whose import takes another 3 s.
 MLFLOW_RUN = f"""
 import json, sys
@@ -79,7 +83,9 @@ def model_name(dataset: str) -> str:
 def retrain(
     version_ref: str, *, recipe: str = RECIPE, params: dict[str, Any] | None = None, base_model: str | None = None,
     store: DatasetStore, blobs: Blobs, tracker: Tracker, models: ModelStore, home: Path, job: Job, project: Path,
-    open_backend: OpenBackend, person: str,
+    open_backend: OpenBackend, person: str, repository: str | None = None, commit: str | None = None,
+    location: str | None = None, repositories: str = "", experiment: str | None = None, register_as: str | None = None,
+    primary: str | None = None, lower_is_better: bool = False,
 ) -> Trained:
     """Trains the recipe, as committed in `project`, on a version; registers the model as `<dataset>-detector@n`.
 
@@ -90,14 +96,28 @@ def retrain(
     params      values for the recipe's own parameters
     base_model  reference of an earlier model of the same recipe to start from, or None
     project     git checkout that holds models/<recipe>/MLproject; its HEAD commit is what runs
+    repository  address of another git repository, one that `repositories` (the setting retrain_repositories) permits,
+                with the full SHA `commit` and `location`, the folder of the MLproject in it; `recipe` is not used then
+    experiment  name of the MLflow experiment; the data set's name otherwise
+    register_as name of the registered model instead of `<dataset>-detector`
+    primary     metric that metrics.json has to hold; it and its direction are tags of the run
 
     Raises Invalid when recipe, parameters or data cannot be trained with, and when the training fails, with the end of
     its log; Cancelled; Unavailable while the tracker does not answer (repeat the job: nothing is lost).
     """
-    name = model_name(parse_ref(version_ref)[0])
+    name = name_for(parse_ref(version_ref)[0], register_as, store, models)
+    check_words(experiment, primary)
+    outside = {"repository": repository, "commit": commit, "location": location}
+    if len({value is None for value in outside.values()}) > 1:
+        raise Invalid("repository, commit and location go together; give all three, or none for the project's own "
+                      "recipes.")
     training = Training(home / "trainings" / _folder_name(job.id))
     with training.held():
         asked = {"version": version_ref, "recipe": recipe, "params": params or {}, "base_model": base_model}
+        named = {**outside, "experiment": experiment, "register_as": register_as, "primary": primary,
+                 "lower_is_better": lower_is_better or None}
+        # What was not given is left out, as it is in the record of a training from before these existed.
+        asked |= {key: value for key, value in named.items() if value is not None}
         before = training.read("request.json")
         if before is not None and before["asked"] != asked:
             raise Conflict(f"Job {job.id} is already a training of {before['asked']}; start another job for another "
@@ -106,7 +126,13 @@ def retrain(
         if done is not None:
             return Trained(**done)
         # A repeat runs what the first attempt ran, also when the project has moved on since.
-        chosen = read_recipe(project, recipe, before["commit"] if before else None)
+        if repository is not None:
+            source, place = permitted(repository, repositories, project), check_location(location)
+            recipe = source.name if place == "." else place.rpartition("/")[2]
+            project = fetch(source, check_commit(commit), place, home / "recipes", job.check)
+            chosen = read_recipe(project, recipe, commit, place)
+        else:
+            chosen = read_recipe(project, recipe, before["commit"] if before else None)
         version, manifest = store.version(version_ref), store.manifest(version_ref)
         if not any(one.annotations for one in manifest.split("train")):
             raise Invalid(f"{version_ref} has no box in its train split. Accept labelled frames, publish a version and "
@@ -114,18 +140,26 @@ def retrain(
         arguments = _arguments(chosen, training, params or {}, name, base_model, models)
         if before is None:
             training.write("request.json", {"asked": asked, "commit": chosen.commit, "started_at": time.time()})
-        run_id = tracker.start_run(version.dataset, f"{recipe} on {version_ref}", {
+        experiment = experiment or version.dataset
+        tags = {"git_uri": repository and source.address, "location": location, "primary_metric": primary,
+                "lower_is_better": str(lower_is_better).lower() if primary else None}
+        run_id = tracker.start_run(experiment, f"{recipe} on {version_ref}", {
             "job": job.id, "kind": "training", "dataset": version_ref, "dataset_digest": version.digest,
-            "recipe": recipe, "commit": chosen.commit, "person": person, "base_model": base_model or ""})
+            "recipe": recipe, "commit": chosen.commit, "person": person, "base_model": base_model or "",
+            **{key: value for key, value in tags.items() if value is not None}})
         try:
             if training.exit_code() is None:
                 if training.processes():
                     job.log("The training process of an earlier worker is still at work; it goes on.")
                 else:
                     _start(training, chosen, arguments, project, home / "recipes", manifest, version, blobs, tracker,
-                           run_id, job)
+                           run_id, job, experiment)
                 training.follow(job)
             metrics = _results(training)
+            if primary is not None and (isinstance(metrics.get(primary), bool)
+                                        or not isinstance(metrics.get(primary), (int, float))):
+                raise Invalid(f"metrics.json has no number {primary}, the primary metric asked for; it has "
+                              f"{', '.join(map(str, metrics))[:300]}. Ask for one of these, or have the recipe write it.")
             _log_epochs(training, tracker, run_id)
             card = training.read("card.json")
             if card is None:
@@ -152,6 +186,29 @@ def retrain(
         return trained
 
 
+def name_for(dataset: str, asked: str | None, store: DatasetStore, models: ModelStore) -> str:
+    """The name a model is registered under: the one asked for, when it is nobody else's. Raises Invalid."""
+    own = model_name(dataset)
+    if asked is None or asked == own:
+        return own
+    if not MODEL_NAME.fullmatch(asked):
+        raise Invalid("model_name must be lower-case letters, digits, '.', '-' or '_', at most 63 of them.")
+    if asked.endswith("-detector") and asked.removesuffix("-detector") in store.names():
+        raise Invalid(f"Model name {asked} belongs to data set {asked.removesuffix('-detector')}; choose another one.")
+    if any(parse_model_ref(ref)[0] == asked and not models.card(ref).run_id for ref in models.refs()):
+        raise Invalid(f"Model name {asked} belongs to a model that was not trained here; choose another one.")
+    return asked
+
+
+def check_words(experiment: str | None, primary: str | None) -> None:
+    """Raises Invalid for what cannot be the name of an experiment or of a metric."""
+    if experiment is not None and not EXPERIMENT.fullmatch(experiment):
+        raise Invalid("experiment_name must begin with a letter or digit and go on with these, blanks and _ . : + / -, "
+                      "at most 200 in all.")
+    if primary is not None and not METRIC.fullmatch(primary):
+        raise Invalid("primary_metric must be the name of a number in metrics.json, such as map_50_95.")
+
+
 def _folder_name(job_id: str) -> str:
     """A folder name for a job; an id that is no plain word is told apart by its digest."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", job_id):
@@ -176,7 +233,8 @@ def _arguments(recipe: Recipe, training: Training, params: dict[str, Any], name:
 
 
 def _start(training: Training, recipe: Recipe, arguments: dict[str, str], project: Path, mirrors: Path,
-           manifest: Manifest, version: DatasetVersion, blobs: Blobs, tracker: Tracker, run_id: str, job: Job) -> None:
+           manifest: Manifest, version: DatasetVersion, blobs: Blobs, tracker: Tracker, run_id: str, job: Job,
+           experiment: str) -> None:
     """Lays out data and code and starts `mlflow run` on them."""
     if recipe.uncommitted:
         job.log(f"Uncommitted changes are left out, commit {recipe.commit[:12]} runs: {', '.join(recipe.uncommitted)}.")
@@ -188,7 +246,7 @@ def _start(training: Training, recipe: Recipe, arguments: dict[str, str], projec
     check_out(project, recipe.commit, mirrors, training.folder / "code")
     tracker.log(run_id, params={key: value for key, value in arguments.items() if not value.startswith("/")})
     command = [sys.executable, "-c", MLFLOW_RUN, json.dumps(
-        {"run_id": run_id, "experiment_name": version.dataset, "parameters": arguments,
+        {"run_id": run_id, "experiment_name": experiment, "parameters": arguments,
          "storage_dir": str(training.folder / "fetched")})]
     job.log(f"{recipe.name} at {recipe.commit} trains on {version.ref}; its log is {training.log}.")
     job.progress(0, 0, "starting")
@@ -196,7 +254,7 @@ def _start(training: Training, recipe: Recipe, arguments: dict[str, str], projec
         # MLproject's `python` is the one that runs us.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "GIT_COMMIT": recipe.commit,
-        "MLFLOW_TRACKING_URI": tracker.url, "MLFLOW_RUN_ID": run_id, "MLFLOW_EXPERIMENT_NAME": version.dataset,
+        "MLFLOW_TRACKING_URI": tracker.url, "MLFLOW_RUN_ID": run_id, "MLFLOW_EXPERIMENT_NAME": experiment,
         # A server that went away holds a training up for half a minute, not for MLflow's own several.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_DISABLE_TELEMETRY": "true", "ORT_DISABLE_TELEMETRY": "1",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
