@@ -230,6 +230,8 @@ def test_a_refused_message_is_not_repeated_and_a_redirect_not_followed(double: D
 def test_the_webhook_is_in_no_error_and_no_log_line(double: DiscordDouble, time: Time,
                                                     caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    # Other libraries of the same process may have made urllib3 quieter.
+    caplog.set_level(logging.DEBUG, logger="urllib3.connectionpool")
     closed = Discord(f"http://127.0.0.1:1/api/webhooks/{ID}/{TOKEN}", pause=time.pause, clock=time.clock)
     with pytest.raises(Unavailable) as unreached:
         closed.send(Message("T"))
