@@ -29,7 +29,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +45,8 @@ from urllib.parse import urlsplit
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
+from kill import worker  # noqa: E402
+
 from doubles import graphs  # noqa: E402
 from doubles.cvat import READ_WRITE, CvatDouble, cvat  # noqa: E402
 from workbench.adapters.cvat.connection import LOGIN_TOKEN  # noqa: E402
@@ -57,7 +58,6 @@ from workbench.formats.images import frame_of, read_file  # noqa: E402
 from workbench.inference.known import card_for_yolox  # noqa: E402
 from workbench.model import ModelCard  # noqa: E402
 from workbench.ports import Quiet  # noqa: E402
-from workbench.supervise import parts  # noqa: E402
 from workbench.wiring import Workbench  # noqa: E402
 
 DATA = PROJECT.parent / "shared" / "data"
@@ -251,7 +251,7 @@ def kills(folder: Path, count: int, chance: random.Random) -> dict[str, Any]:
             job = mine.jobs.submit("annotate", {"dataset": "bench", "model": card.ref, "batch": KILL_BATCH,
                                                 "statuses": ["new", "annotated"]}, person="bench", key="bench")
             if number:  # the first is left alone
-                with _worker(mine, kill=True) as process:
+                with worker(mine, kill=True) as process:
                     if chance.random() < STARTING:
                         time.sleep(chance.random() * 2)
                     else:
@@ -260,7 +260,7 @@ def kills(folder: Path, count: int, chance: random.Random) -> dict[str, Any]:
                     status = mine.jobs.get(job)
                     is_running = status.state == "running"
                     moments[f"{status.done * 10 // KILL_FRAMES * 10} %" if is_running else status.state] += 1
-            with _worker(mine):
+            with worker(mine):
                 found = _outcome(mine, double, job)
             status = mine.jobs.get(job)
             if not number:
@@ -302,14 +302,14 @@ def upload(folder: Path, count: int, chance: random.Random) -> dict[str, Any]:
         began, killed_at = time.monotonic(), []
         job = workbench.jobs.submit("upload", {"dataset": "many", "source": str(pictures)}, person="bench", key="many")
         for goal in sorted(chance.random() * count for _ in range(KILLS_OF_AN_UPLOAD)):
-            with _worker(workbench, kill=True) as process:
+            with worker(workbench, kill=True) as process:
                 while len(double.state.received) <= goal and not workbench.jobs.get(job).is_over:
                     if process.poll() is not None or time.monotonic() - began > 2 * ROUND_S:
                         raise RuntimeError(f"The upload does not go on: {workbench.jobs.get(job)}")
                     time.sleep(0.02)
                 time.sleep(chance.random() * 0.5)
                 killed_at.append(len(double.state.received))
-        with _worker(workbench):
+        with worker(workbench):
             status = workbench.jobs.wait(job, ROUND_S)
         if status.state != "done":
             raise RuntimeError(f"The upload ended {status.state}: {status.error}")
@@ -422,19 +422,6 @@ def _part(name: str, **asked: Any) -> dict[str, Any]:
     done = subprocess.run([sys.executable, __file__, "--part", name, json.dumps(asked)], stdout=subprocess.PIPE,
                           text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@contextmanager
-def _worker(workbench: Workbench, kill: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-    config = workbench.config
-    with (config.home / "worker.log").open("ab") as log:
-        process = subprocess.Popen(parts.part("worker").argv(config), env=parts.environment(config), cwd=config.home,
-                                   stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-        process.wait(60)
 
 
 def _wait_for(workbench: Workbench, job: str, process: subprocess.Popen[bytes]) -> None:

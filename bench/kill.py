@@ -74,7 +74,7 @@ def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
         takes: dict[str, float] = {}
         lost = doubled = rounds = 0
         identical = True
-        calm = stack.enter_context(_worker(left_alone))
+        calm = stack.enter_context(worker(left_alone))
         while moments.total() < kills:
             dataset = f"round{rounds}"
             _upload(left_alone, dataset, pictures)
@@ -89,7 +89,7 @@ def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
             _upload(disturbed, dataset, pictures)
             ids = _submit(disturbed, dataset)
             _disturb(disturbed, ids, kills - moments.total(), moments, chance, takes)
-            with _worker(disturbed):
+            with worker(disturbed):
                 _finish(disturbed, ids)
             calm.send_signal(signal.SIGCONT)
             found = _state(disturbed, dataset)
@@ -123,7 +123,7 @@ def _disturb(workbench: Workbench, ids: list[str], most: int, moments: Counter[s
         status = workbench.jobs.get(target)
         if status.is_over:
             continue
-        with _worker(workbench, kill=True) as process:
+        with worker(workbench, kill=True) as process:
             if chance.random() < STARTING:
                 time.sleep(chance.random() * 2)
             else:
@@ -163,7 +163,7 @@ def _finish(workbench: Workbench, ids: list[str]) -> dict[str, float]:
 
 
 @contextmanager
-def _worker(workbench: Workbench, kill: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+def worker(workbench: Workbench, kill: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     config = workbench.config
     with (config.home / "worker.log").open("ab") as log:
         process = subprocess.Popen(parts.part("worker").argv(config), env=parts.environment(config), cwd=config.home,

@@ -8,31 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from parts_training import RECIPES, Bench, commit
+from parts_training import Bench, commit
 
 from workbench.adapters.mlflow import MlflowTracker
 from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable
 from workbench.ports import Quiet
 from workbench.recipe import git
-from workbench.steps.training import Training
-
-
-@pytest.fixture
-def bench(tmp_path: Path, mlflow_url: str) -> Iterator[Bench]:
-    bench = Bench(tmp_path, mlflow_url, f"d{uuid.uuid4().hex[:10]}")
-    shutil.copytree(RECIPES, bench.project / "models")
-    subprocess.run(["git", "init", "-q", "-b", "main", bench.project], check=True)
-    commit(bench.project)
-    yield bench
-    for folder in (bench.home / "trainings").glob("*"):
-        Training(folder, grace_s=0).stop()
 
 
 class But:

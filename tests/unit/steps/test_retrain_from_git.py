@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable
 from workbench.ports import Quiet
 from workbench.recipe import git
 from workbench.repository import fetch, read_address
-from workbench.steps.training import Training
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -35,17 +32,6 @@ def outside(tmp_path: Path) -> Path:
     subprocess.run(["git", "init", "-q", "-b", "main", folder], check=True)
     commit(folder)
     return folder
-
-
-@pytest.fixture
-def bench(tmp_path: Path, mlflow_url: str) -> Iterator[Bench]:
-    bench = Bench(tmp_path, mlflow_url, f"d{uuid.uuid4().hex[:10]}")
-    shutil.copytree(RECIPES, bench.project / "models")
-    subprocess.run(["git", "init", "-q", "-b", "main", bench.project], check=True)
-    commit(bench.project)
-    yield bench
-    for folder in (bench.home / "trainings").glob("*"):
-        Training(folder, grace_s=0).stop()
 
 
 def sha(folder: Path) -> str:
