@@ -4,7 +4,8 @@ same images; then kills of that job, and of an upload.
 The server is the double of tests/doubles/cvat.py, which waits on every call as long as a real CVAT took (COSTS below);
 with --url and --token it is a real one. Every way runs in a process of its own.
 
-ours     the step `annotate` as a worker calls it, over CvatServer, from opening the model to the last box
+ours     the step `annotate` as a worker calls it, over CvatServer, from opening the model to the last box; with --int8
+         it runs YOLOX-Nano as the certified INT8 version that `quantize` makes of it here, the others its FP32 file
 lambda   CVAT's batch call of a function, in CVAT's order: for each frame, one after the other, CVAT fetches the picture
          and posts it as base64, the function decodes and detects, CVAT converts its answer and, every 100 frames,
          stores. CVAT's own share is LAMBDA_FRAME_S, waited for; the function's is really done, with the model opened
@@ -76,12 +77,15 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=200, help="frames of the run whose memory is compared")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--upload", type=int, default=5000, metavar="N", help="frames of the upload that is killed")
+    parser.add_argument("--int8", action="store_true", help="ours runs YOLOX-Nano's INT8 version, certified here")
     parser.add_argument("--only", choices=("model", "fast"), help="measure the speed with one of the two models only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="a real CVAT: speed only")
     parser.add_argument("--token", help="its token; default: the environment's WORKBENCH_TEST_CVAT_TOKEN")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.int8 and options.model:
+        parser.error("--int8 is about YOLOX-Nano; leave --model out")
     if options.part:
         print(json.dumps(PARTS[options.part[0]](**json.loads(options.part[1]))))
         return
@@ -92,7 +96,8 @@ def main() -> None:
             for name, model in (("model", _model), ("fast", _fast)):
                 if options.only in (None, name):
                     (folder / name).mkdir()
-                    found = speed(folder / name, *model(folder / name, options.model), options)
+                    card, files = model(folder / name, options.model)
+                    found = speed(folder / name, card, files, options, options.int8 and name == "model")
                     figures |= found if name == "model" or options.only else {"fast": found}
         if not options.url and options.kills:
             figures |= kills(folder, options.kills, random.Random(options.seed))
@@ -103,7 +108,7 @@ def main() -> None:
     sys.exit(0 if is_whole else 1)
 
 
-def speed(folder: Path, card: ModelCard, files: Path, options: argparse.Namespace) -> dict[str, Any]:
+def speed(folder: Path, card: ModelCard, files: Path, options: argparse.Namespace, in_int8: bool) -> dict[str, Any]:
     """Fills two tasks, runs the three ways; the model's files lie in `files`."""
     token = options.token or os.environ.get("WORKBENCH_TEST_CVAT_TOKEN", "")
     with nullcontext() if options.url else cvat() as double:
@@ -111,19 +116,20 @@ def speed(folder: Path, card: ModelCard, files: Path, options: argparse.Namespac
         config = Config(home=folder / "home", cvat_url=url, cvat_token=token)
         workbench = Workbench(config)
         workbench.models.register(card, files)
+        mine = _certified(workbench, folder) if in_int8 else card
         try:
             for dataset, count in (("bench-small", options.small), ("bench", options.frames)):
                 _fill(workbench, dataset, card, options.images, count)
-            workbench.plan_for(card, workbench.models.folder(card.ref))  # measured once on a machine, then remembered
+            workbench.plan_for(mine, workbench.models.folder(mine.ref))  # measured once on a machine, then remembered
             if double:
                 double.cost_s = costs(double)
             asked = {"home": str(config.home), "url": url, "token": token, "model": card.ref}
             calls = len(double.journal) if double else 0
-            small = _part("ours", dataset="bench-small", **asked)
+            small = _part("ours", dataset="bench-small", **{**asked, "model": mine.ref})
             before = len(double.journal) if double else 0
-            ours = _part("ours", dataset="bench", **asked)
+            ours = _part("ours", dataset="bench", **{**asked, "model": mine.ref})
             ours["calls"] = len(double.journal) - before if double else None
-            _say(f"{card.ref}: ours {ours} (small {small['rss_mb']} MB, {before - calls} calls)")
+            _say(f"{mine.ref}: ours {ours} (small {small['rss_mb']} MB, {before - calls} calls)")
             sdk = _part("sdk", dataset="bench", **asked)
             _say(f"{card.ref}: sdk {sdk}")
             slow = _part("real_lambda" if options.url else "simulated_lambda", dataset="bench", **asked)
@@ -136,7 +142,8 @@ def speed(folder: Path, card: ModelCard, files: Path, options: argparse.Namespac
     versus = {f"vs_{name}": round(ways[name]["seconds"] / ours["seconds"], 2) if "seconds" in ways[name] else None
               for name in ("lambda", "sdk")}
     return {**versus, "rss_mb": ours["rss_mb"], "rss_mb_small": small["rss_mb"], "frames": options.frames,
-            "small": options.small, "model": card.ref, "boxes": ours["boxes"], "calls": ours["calls"],
+            "small": options.small, "model": mine.ref, "rival_model": card.ref, "boxes": ours["boxes"],
+            "calls": ours["calls"],
             "images_per_s": round(options.frames / ours["seconds"], 1),
             "seconds": {name: way.get("seconds") for name, way in ways.items()},
             **({"lambda_skipped": slow["skipped"]} if "skipped" in slow else {})}
@@ -362,7 +369,18 @@ def _model(folder: Path, card_file: Path | None) -> tuple[ModelCard, Path]:
     if card_file is not None:
         return ModelCard.from_json(json.loads(card_file.read_text())), card_file.parent
     onnx = DATA / "models" / "yolox_nano" / "yolox_nano_416.onnx"
-    return (card_for_yolox(onnx, "yolox-nano"), onnx.parent) if onnx.exists() else _fast(folder, None)
+    return (card_for_yolox(onnx, "yolox_nano"), onnx.parent) if onnx.exists() else _fast(folder, None)
+
+
+def _certified(workbench: Workbench, folder: Path) -> ModelCard:
+    """YOLOX-Nano's INT8 version, made, measured against the FP32 file and registered with its certificate."""
+    from int8 import known_on_photographs, quantised
+    case = known_on_photographs(workbench.open_backend, DATA / "images" / "coco_val100")[0]
+    (folder / "int8").mkdir()
+    made, report, _ = quantised(*case[:3], workbench.open_backend, folder / "int8", limits={"map_loss": 0.005})
+    workbench.models.register(made.card, made.folder)
+    workbench.certificates.add(report["facts"], "bench")
+    return made.card
 
 
 def _fast(folder: Path, _: Path | None) -> tuple[ModelCard, Path]:

@@ -66,10 +66,8 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory(prefix="int8-") as folder:
         for model, calibrating, held_out, labels in _cases(options, open_backend):
-            job = Told(model.card.name)
-            chosen, rest = choose(model, calibrating, held_out, options.frames, options.seed, job)
-            limits = {"map_loss": options.map_loss, "speedup": 0.0}
-            made, report = build(model, held_out, chosen, rest, options.seed, open_backend, job, Path(folder), limits)
+            made, report, chosen = quantised(model, calibrating, held_out, open_backend, Path(folder), options.frames,
+                                             options.seed, {"map_loss": options.map_loss, "speedup": 0.0})
             speeds, _ = throughput({"fp32": model, "int8": made}, open_backend, ROUNDS, ROUND_S)
             facts = report["facts"]
             found[model.card.name] = {
@@ -86,6 +84,36 @@ def main() -> None:
     print(json.dumps({"device": facts["device"], "threads": options.threads, "models": found}))
 
 
+def quantised(model: Opened, calibrating: list[LabeledFrame], held_out: HeldOut, open_backend: Callable[[Any], Any],
+              folder: Path, frames: int = 100, seed: int = 0, limits: dict[str, float] | None = None) -> tuple[
+                  Opened, dict[str, Any], list[LabeledFrame]]:
+    """The INT8 version as the step `quantize` makes it, its report, and the frames that calibrated."""
+    job = Told(model.card.name)
+    chosen, rest = choose(model, calibrating, held_out, frames, seed, job)
+    return *build(model, held_out, chosen, rest, seed, open_backend, job, folder, limits), chosen
+
+
+def known_models() -> list[Opened]:
+    nano, plus = DATA / "models/yolox_nano", DATA / "models/nanodet_plus_m"
+    return [Opened(card_for_yolox(nano / "yolox_nano_416.onnx", "yolox_nano"), nano),
+            Opened(card_for_nanodet(plus / "nanodet_plus_m_416.onnx", "nanodet_plus_m", size=(416, 416)), plus)]
+
+
+def known_on_photographs(open_backend: Callable[[Any], Any], pictures: Path,
+                         seed: int = 0) -> list[tuple[Opened, list[LabeledFrame], HeldOut, str]]:
+    """YOLOX-nano and NanoDet-Plus on unlabelled pictures, each against the sure boxes of the other: (model, frames to
+    calibrate on, frames to measure on, where the labels come from)."""
+    known = known_models()
+    frames, paths = _unlabelled(pictures)
+    calibrating, held_out = _split(frames, known[0].card.labels, paths, seed)
+    cases = []
+    for model in known:
+        others = [one for one in known if one is not model]
+        labelled = replace(held_out, frames=_consensus(others, held_out, open_backend))
+        cases.append((model, calibrating, labelled, "consensus of " + ", ".join(one.card.name for one in others)))
+    return cases
+
+
 class Told(Quiet):
     """A Job that prints what it logs."""
 
@@ -96,11 +124,8 @@ class Told(Quiet):
 def _cases(options: argparse.Namespace, open_backend: Callable[[Any], Any]) -> list[tuple[Opened, list, HeldOut, str]]:
     """(model, frames to calibrate on, frames to measure on, where the labels come from) of everything to measure."""
     own = [_own(file) for file in options.model]
-    nano, plus = DATA / "models/yolox_nano", DATA / "models/nanodet_plus_m"
-    known = [] if options.only else [
-        Opened(card_for_yolox(nano / "yolox_nano_416.onnx", "yolox_nano"), nano),
-        Opened(card_for_nanodet(plus / "nanodet_plus_m_416.onnx", "nanodet_plus_m", size=(416, 416)), plus)]
     if options.images and options.labels:
+        known = [] if options.only else known_models()
         taxonomy, frames, files = _coco(options.images, options.labels)
         return [(model, *_split(frames, taxonomy, files, options.seed), str(options.labels))
                 for model in (*own, *known)]
@@ -113,14 +138,8 @@ def _cases(options: argparse.Namespace, open_backend: Callable[[Any], Any]) -> l
         paths = {one.frame.name: files[Path(one.frame.name).name] for one in frames}
         held_out = HeldOut("bccd/test", tuple(one for one in frames if one.split == "test"), taxonomy, _reader(paths))
         cases.append((model, [one for one in frames if one.split != "test"], held_out, "people (bccd)"))
-    if known:
-        pictures = options.images or DATA / "images/coco_val100"
-        frames, paths = _unlabelled(pictures)
-        calibrating, held_out = _split(frames, known[0].card.labels, paths, options.seed)
-        for model in known:
-            others = [one for one in known if one is not model]
-            labelled = replace(held_out, frames=_consensus(others, held_out, open_backend))
-            cases.append((model, calibrating, labelled, "consensus of " + ", ".join(one.card.name for one in others)))
+    if not options.only:
+        cases += known_on_photographs(open_backend, options.images or DATA / "images/coco_val100", options.seed)
     return cases
 
 
