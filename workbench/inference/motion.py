@@ -113,7 +113,7 @@ class Motion:
         sample = (grey[::5, ::5] - self._background[::5, ::5]).ravel()
         middle = len(sample) // 2
         sample.partition(middle)
-        background = cv2.add(self._background, float(sample[middle]), dtype=cv2.CV_8U)
+        background = np.rint(np.clip(self._background + sample[middle], 0, 255)).astype(np.uint8)
         above = cv2.subtract(grey, cv2.dilate(background, NEIGHBOURS))
         below = cv2.subtract(cv2.erode(background, NEIGHBOURS), grey)
         difference = cv2.max(above, below)

@@ -34,7 +34,9 @@ def best(scores: np.ndarray, least: np.ndarray, most: int = MAX_CANDIDATES) -> t
 
     Equal scores keep the order of points and classes, so that the choice is the same on every run.
     """
-    # In one dimension it is eight times as fast as over two axes.
-    points, class_ids = np.divmod(np.flatnonzero(scores > least), len(least))
+    # One number for all, and one dimension, is several times as fast as a threshold of its own for every column.
+    points, class_ids = np.divmod(np.flatnonzero(scores > least.min()), len(least))
+    passes = scores[points, class_ids] > least[class_ids]
+    points, class_ids = points[passes], class_ids[passes]
     order = np.argsort(-scores[points, class_ids], kind="stable")[:most]
     return points[order], class_ids[order]
