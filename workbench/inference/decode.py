@@ -13,7 +13,8 @@ from workbench.model import ModelCard
 
 _DECODERS: Mapping[str, Callable[[ModelCard, Outputs, np.ndarray], list[Candidates]]] = {
     "yolox": heads.yolox, "nanodet": heads.nanodet, "fcos": heads.fcos, "yolov5": heads.yolov5, "yolov8": heads.yolov8,
-    "retinanet": anchors.retinanet, "ssd": anchors.ssd, "detr": heads.detr, "classification": heads.classification,
+    "retinanet": anchors.retinanet, "ssd": anchors.ssd, "detr": heads.detr,
+    "detections": heads.detections, "classification": heads.classification,
     "semantic": masks.semantic, "yolov8_seg": masks.yolov8_seg}
 
 

@@ -62,6 +62,9 @@ FAMILIES: Mapping[str, Family] = {
         }
     ),
     "detr": Family(suppresses=False, scores=("softmax", "sigmoid")),
+    # Boxes that the graph decoded itself. NMS of what a graph suppressed already changes nothing at the same IoU; with
+    # "iou": 1 there is none.
+    "detections": Family(),
     "classification": Family("tags", suppresses=False, scores=("softmax", "sigmoid", "probabilities")),
     # Regions of fewer canvas pixels are specks that no person would draw.
     "semantic": Family("polygons", suppresses=False, defaults={"min_area": 64}),

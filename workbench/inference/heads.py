@@ -196,6 +196,29 @@ def detr(card: ModelCard, outputs: Outputs, least: np.ndarray) -> list[Candidate
     return [found(*one) for one in zip(logits, boxes)]
 
 
+def detections(card: ModelCard, outputs: Outputs, least: np.ndarray) -> list[Candidates]:
+    """boxes (N, K, 4) xyxy in canvas pixels, scores (N, K) in 0..1, labels (N, K) class ids from 0: what a graph that
+    decodes itself gives (two-stage detectors, exports with NMS inside). Rows that say nothing have a score of 0."""
+    (boxes, scores, labels), expected = named_outputs(
+        card, outputs, {"box": "boxes", "score": "scores", "label": "labels"}, ["(n, k, 4)", "(n, k)", "(n, k)"])
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or scores.shape != boxes.shape[:2] or labels.shape != scores.shape:
+        raise misfit(card, outputs, expected)
+    ids = labels.astype(np.int64)
+    is_said = scores > 0
+    if (ids != labels)[is_said].any() or (ids < 0)[is_said].any() or (ids >= len(card.labels))[is_said].any():
+        raise Invalid(f"{card.onnx} of {card.ref}: its labels reach from {labels[is_said].min():g} to "
+                      f"{labels[is_said].max():g}, the card has {len(card.labels)} labels and expects whole numbers from 0. "
+                      "Correct the card's labels or the graph.")
+
+    def found(boxes: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> Candidates:
+        rows = np.nonzero(scores > least.min())[0]
+        by_label = np.zeros((len(rows), len(card.labels)), np.float32)
+        by_label[np.arange(len(rows)), ids[rows]] = scores[rows]
+        return select(card, by_label, lambda at: boxes[at], least, rows)[0]
+
+    return [found(*one) for one in zip(boxes, scores, ids)]
+
+
 def classification(card: ModelCard, outputs: Outputs, least: np.ndarray) -> list[Candidates]:
     """(N, C) logits or probabilities of the whole frame; each candidate has the whole canvas for its box.
 

@@ -159,18 +159,18 @@ def test_decoder_settings_that_mean_nothing_are_invalid(decoder: dict[str, Any])
 
 def test_our_decoder_agrees_with_the_student_s_own(tmp_path: Path) -> None:
     """models/efficientnet_lite0_fcos decodes for itself while it trains; what we draw must be what it measured."""
-    recipe = PROJECT / "models" / "efficientnet_lite0_fcos"
+    models = PROJECT / "models"
     rng = np.random.default_rng(7)
     outputs = {"cls_logits": rng.normal(-2, 2, (1, 126, 2)), "bbox_regression": rng.uniform(0.2, 3, (1, 126, 4)),
                "bbox_ctrness": rng.normal(1, 1, (1, 126, 1))}
     outputs = {name: value.astype(np.float32) for name, value in outputs.items()}
     np.savez(tmp_path / "raw.npz", **outputs)
-    script = ("import sys, numpy as np, torch; from evaluate import decode; raw = np.load(sys.argv[1]); "
+    script = ("import sys, numpy as np, torch; from efficientnet_lite0_fcos.evaluate import decode; raw = np.load(sys.argv[1]); "
               "heads = tuple(torch.from_numpy(raw[n][0]) for n in ('cls_logits', 'bbox_regression', 'bbox_ctrness')); "
               "boxes, scores, ids = decode(heads, (64, 96), 0.5, (128, 190), confidence=0.3, nms_iou=0.6); "
               "np.savez(sys.argv[2], boxes=boxes, scores=scores, ids=ids)")
     subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "raw.npz", tmp_path / "theirs.npz"], cwd=recipe, check=True
+        [sys.executable, "-c", script, tmp_path / "raw.npz", tmp_path / "theirs.npz"], cwd=models, check=True
     )
     theirs = np.load(tmp_path / "theirs.npz")
     one = card("fcos", strides=[8, 16, 32], score="sqrt(sigmoid(cls)*sigmoid(ctr))")

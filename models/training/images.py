@@ -1,13 +1,18 @@
-"""Reads a COCO detection data set, letterboxes frames and draws augmented training batches.
+"""Letterboxes frames and draws augmented training batches.
 
 Images are (height, width, 3) uint8 RGB, boxes are xyxy float32 in pixels, sizes are (width, height).
 """
+import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from training.coco import Data, Sample
+from training.errors import DataError
+from training.output import say
+from training.process import whole
 
 # The grey YOLO models pad with (YOLOv5, utils/augmentations.py); the same value is written into card.json.
 PAD_VALUE = 114
@@ -16,24 +21,21 @@ PAD_VALUE = 114
 MIN_VISIBLE = 0.3
 
 
-class DataError(Exception):
-    """The data set cannot be trained on; the message says what, where, and what to do next."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One labelled frame: where it is, its size in pixels and its boxes in original image pixels.
-
-    boxes (n, 4) xyxy float32; class_ids (n,) int64; crowds (n,) bool: regions that are not trained on.
-    """
-
-    image_id: int
-    path: Path
-    width: int
-    height: int
-    boxes: np.ndarray
-    class_ids: np.ndarray
-    crowds: np.ndarray
+def add_options(parser: argparse.ArgumentParser, with_mosaic: bool = True) -> None:
+    """The parameters of input size and augmentation; mosaic is for recipes that learn boxes."""
+    add = parser.add_argument
+    add("--width", type=whole, default=0, help="network input in pixels, rounded up to 32; 0: from the data's aspect ratio")
+    add("--height", type=whole, default=0, help="see --width")
+    add("--long_side", type=whole, default=384, help="the longer side in pixels when --width and --height are 0")
+    add("--hflip", type=float, default=0, help="probability of a left-right flip; wrong for digits and text")
+    add("--vflip", type=float, default=0,
+        help="probability of an up-down flip; right for microscopes and satellites only")
+    add("--rot90", type=float, default=0, help="probability of a quarter turn")
+    if with_mosaic:
+        add("--mosaic", type=float, default=0.5, help="probability of composing four frames into one")
+    add("--scale_min", type=float, default=0.7, help="smallest random zoom")
+    add("--scale_max", type=float, default=1.4, help="largest random zoom")
+    add("--colour", type=float, default=0.2, help="strength of brightness, contrast and colour changes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,74 +61,10 @@ class Augmentation:
             self, mosaic=0.0, scale_min=self.scale_min**0.5, scale_max=self.scale_max**0.5, colour=self.colour / 2
         )
 
-
-def read_coco(folder: Path, split: str) -> tuple[list[Sample], list[str]]:
-    """Reads `<folder>/<split>.json`; returns its samples and the label names in class-id order.
-
-    An absent file is an empty split: ([], []). Raises DataError when a frame file is missing, when category ids are not
-    0..C-1, or when an annotation points nowhere.
-    """
-    file = folder / f"{split}.json"
-    if not file.is_file():
-        return [], []
-    try:
-        coco = json.loads(file.read_text())
-        categories = sorted(coco.get("categories", []), key=lambda category: category["id"])
-        labels = [category["name"] for category in categories]
-        ids = [category["id"] for category in categories]
-        images = coco.get("images", [])
-        annotations = coco.get("annotations", [])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is not a COCO detection file: {error!r}. Export the data set again.") from error
-    if not images:
-        return [], labels
-    if ids != list(range(len(ids))):
-        raise DataError(f"Category ids in {file} must be 0..{len(ids) - 1}, got {ids}. Renumber them in taxonomy order.")
-    by_image: dict[int, list[dict]] = {image["id"]: [] for image in images}
-    for annotation in annotations:
-        if annotation["image_id"] not in by_image:
-            raise DataError(f"Annotation {annotation.get('id')} in {file} names image {annotation['image_id']}, which is not listed.")
-        if not 0 <= annotation["category_id"] < len(ids):
-            raise DataError(f"Annotation {annotation.get('id')} in {file} has category {annotation['category_id']}, expected 0..{len(ids) - 1}.")
-        by_image[annotation["image_id"]].append(annotation)
-    samples, missing = [], []
-    for image in images:
-        path = folder / "frames" / image["file_name"]
-        if not path.resolve().is_relative_to((folder / "frames").resolve()) and not path.is_symlink():
-            raise DataError(f"{file} names a frame outside {folder / 'frames'}: {image['file_name']}")
-        if not path.is_file():
-            missing.append(image["file_name"])
-            continue
-        samples.append(_sample(image, path, by_image[image["id"]], file))
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(images)} frames of {file} are not in {folder / 'frames'}, first: {missing[0]}. "
-            "Fetch the data set's frames again."
-        )
-    return samples, labels
-
-
-def _sample(image: dict, path: Path, annotations: list[dict], file: Path) -> Sample:
-    width, height = int(image["width"]), int(image["height"])
-    xywh = np.array([a["bbox"] for a in annotations], np.float32).reshape(-1, 4)
-    if not np.isfinite(xywh).all():
-        raise DataError(f"A box of {image['file_name']} in {file} is not finite. Correct it and publish a new version.")
-    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    boxes = boxes.clip(0, [width, height, width, height]).astype(np.float32)
-    is_drawn = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
-    class_ids = np.array([a["category_id"] for a in annotations], np.int64)
-    crowds = np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)
-    return Sample(int(image["id"]), path, width, height, boxes[is_drawn], class_ids[is_drawn], crowds[is_drawn])
-
-
-def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into (train, val) by seed; val gets `share` of them, at least one when there are two or more."""
-    if share <= 0 or len(samples) < 2:
-        return samples, []
-    order = np.random.default_rng(seed).permutation(len(samples))
-    count = min(max(1, round(share * len(samples))), len(samples) - 1)
-    held = set(order[:count].tolist())
-    return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Augmentation":
+        return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)
+                      if hasattr(options, field.name)})
 
 
 def choose_size(samples: list[Sample], width: int, height: int, long_side: int) -> tuple[int, int]:
@@ -143,6 +81,14 @@ def choose_size(samples: list[Sample], width: int, height: int, long_side: int) 
             size = (long * aspect, long)
     # Rounded up: a too small side would shrink the other one too. 1e-6 forgives float noise of the division.
     return tuple(max(64, 32 * int(np.ceil(side / 32 - 1e-6))) for side in size)
+
+
+def input_size(data: Data, options: argparse.Namespace) -> tuple[int, int]:
+    """`choose_size` as the parameters of `add_options` ask, said with the numbers of frames and labels."""
+    size = choose_size(data.train, options.width, options.height, options.long_side)
+    say(f"{data.counts[0]} train, {data.counts[1]} val, {data.counts[2]} test frames, {len(data.labels)} labels, input "
+        f"{size[0]}x{size[1]}")
+    return size
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -250,34 +196,15 @@ def _draw(samples, images, size, augmentation, rng):
         canvas[quarter[1] : quarter[3], quarter[0] : quarter[2]] = pixels
         all_boxes.append(boxes)
         all_ids.append(class_ids)
-    return _recolour(canvas, augmentation.colour, rng), np.concatenate(all_boxes), np.concatenate(all_ids)
+    return recoloured(canvas, augmentation.colour, rng), np.concatenate(all_boxes), np.concatenate(all_ids)
 
 
 def _place(sample, images, size, quarter, augmentation, rng):
     """Zooms, flips, turns and shifts one sample into a rectangle of the canvas; returns pixels, boxes, class ids."""
     image, reduced = images.get(sample)
-    height, width = image.shape[:2]
-    turns = int(rng.random() < augmentation.rot90)
-    across = rng.random() < augmentation.hflip
-    down = rng.random() < augmentation.vflip
-    seen = (height, width) if turns else (width, height)
-    zoom = np.exp(rng.uniform(np.log(augmentation.scale_min), np.log(augmentation.scale_max)))
-    scale = min(size[0] / seen[0], size[1] / seen[1]) * zoom
     room = (quarter[2] - quarter[0], quarter[3] - quarter[1])
-    # Anywhere that shows as much as possible: a larger image is cropped, a smaller one lies somewhere inside.
-    shift = [rng.uniform(min(0, room[i] - seen[i] * scale), max(0, room[i] - seen[i] * scale)) for i in (0, 1)]
-    matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]])
-    if across:
-        matrix = matrix @ np.array([[-1, 0, seen[0]], [0, 1, 0], [0, 0, 1.0]])
-    if down:
-        matrix = matrix @ np.array([[1, 0, 0], [0, -1, seen[1]], [0, 0, 1.0]])
-    if turns:
-        matrix = matrix @ np.array([[0, -1, height], [1, 0, 0], [0, 0, 1.0]])
-    # `matrix` maps pixel edges; warpAffine counts pixel centres, which lie half a pixel further on both sides.
-    centres = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]]) @ matrix @ np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    pixels = cv2.warpAffine(
-        image, centres[:2], room, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(PAD_VALUE,) * 3
-    )
+    matrix = random_view((image.shape[1], image.shape[0]), size, room, augmentation, rng)
+    pixels = warped(image, matrix, room)
     is_used = ~sample.crowds
     boxes, class_ids = sample.boxes[is_used] * reduced, sample.class_ids[is_used]
     corners = boxes.reshape(-1, 2, 2) @ matrix[:2, :2].T + matrix[:2, 2]
@@ -289,7 +216,41 @@ def _place(sample, images, size, quarter, augmentation, rng):
     return pixels, clipped.astype(np.float32).reshape(-1, 4), class_ids[is_kept]
 
 
-def _recolour(canvas: np.ndarray, strength: float, rng) -> np.ndarray:
+def random_view(image_size: tuple[int, int], size: tuple[int, int], room: tuple[int, int], augmentation: Augmentation,
+                rng: np.random.Generator) -> np.ndarray:
+    """A random zoom, flip, turn and shift: the (3, 3) matrix from image to canvas, both measured at pixels' edges.
+
+    image_size, size, room  (width, height) of the image, of the network's input, and of the part of it to fill
+    """
+    width, height = image_size
+    turns = int(rng.random() < augmentation.rot90)
+    across = rng.random() < augmentation.hflip
+    down = rng.random() < augmentation.vflip
+    seen = (height, width) if turns else (width, height)
+    zoom = np.exp(rng.uniform(np.log(augmentation.scale_min), np.log(augmentation.scale_max)))
+    scale = min(size[0] / seen[0], size[1] / seen[1]) * zoom
+    # Anywhere that shows as much as possible: a larger image is cropped, a smaller one lies somewhere inside.
+    shift = [rng.uniform(min(0, room[i] - seen[i] * scale), max(0, room[i] - seen[i] * scale)) for i in (0, 1)]
+    matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]])
+    if across:
+        matrix = matrix @ np.array([[-1, 0, seen[0]], [0, 1, 0], [0, 0, 1.0]])
+    if down:
+        matrix = matrix @ np.array([[1, 0, 0], [0, -1, seen[1]], [0, 0, 1.0]])
+    if turns:
+        matrix = matrix @ np.array([[0, -1, height], [1, 0, 0], [0, 0, 1.0]])
+    return matrix
+
+
+def warped(image: np.ndarray, matrix: np.ndarray, room: tuple[int, int], interpolation: int = cv2.INTER_LINEAR,
+           fill: int = PAD_VALUE) -> np.ndarray:
+    """The image on a canvas of (width, height) `room` as a matrix of `random_view` places it; `fill` where it ends."""
+    # `matrix` maps pixel edges; warpAffine counts pixel centres, which lie half a pixel further on both sides.
+    centres = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]]) @ matrix @ np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+    return cv2.warpAffine(image, centres[:2], room, flags=interpolation, borderMode=cv2.BORDER_CONSTANT,
+                          borderValue=(fill,) * 3)
+
+
+def recoloured(canvas: np.ndarray, strength: float, rng) -> np.ndarray:
     """Random brightness, contrast and colour cast through one 256-entry table per channel."""
     if strength <= 0:
         return canvas

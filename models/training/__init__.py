@@ -1,0 +1,1 @@
+"""What every recipe in models/ needs; see README.md. It imports nothing of the workbench."""
