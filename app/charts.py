@@ -34,9 +34,12 @@ def pr_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> alt.Chart:
     )
 
 
-def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> alt.Chart:
-    """Truth in rows, prediction in columns; the last row and column stand for "nothing there"."""
-    names = list(labels) + [NOTHING] * (len(matrix) - len(labels))
+def confusion(
+    labels: Sequence[str], matrix: Sequence[Sequence[int]], nothing: str = NOTHING, things: str = "boxes"
+) -> alt.Chart:
+    """Truth in rows, prediction in columns; the last row and column stand for `nothing`. things: what is counted, of
+    pixels their share is written."""
+    names = list(labels) + [nothing] * (len(matrix) - len(labels))
     rows = pd.DataFrame(
         [
             {"truth": names[i], "prediction": names[j], "boxes": int(count), "share": count / max(1, sum(row))}
@@ -55,17 +58,28 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> alt.Cha
             scale=alt.Scale(range=["rgba(15,118,110,0.05)", "rgba(15,118,110,1)"], domain=[0, 1]),
             legend=None,
         ),
-        tooltip=["truth", "prediction", "boxes", alt.Tooltip("share", format=".0%")],
+        tooltip=[
+            "truth",
+            "prediction",
+            alt.Tooltip("boxes:Q", title=things, format=","),
+            alt.Tooltip("share", format=".0%"),
+        ],
     )
+    if things == "pixels":
+        written = alt.Text("share:Q", format=".1%")
+    else:
+        written = alt.condition("datum.boxes > 0", "boxes:Q", alt.value(""))
     text = base.mark_text(fontSize=11).encode(
-        text=alt.condition("datum.boxes > 0", "boxes:Q", alt.value("")),
+        text=written,
         color=alt.condition("datum.share > 0.55", alt.value("white"), alt.value("#66757a")),
     )
     return (squares + text).properties(height=max(HEIGHT, 90 + 26 * len(names)))
 
 
-def ap_bars(per_label: Mapping[str, Mapping[str, float]]) -> alt.Chart:
-    """Average precision per label, worst first: the bar is mAP@[.5:.95], the tick AP at IoU 0.5."""
+def ap_bars(
+    per_label: Mapping[str, Mapping[str, float | None]], names: tuple[str, str] = ("AP@[.5:.95]", "AP50")
+) -> alt.Chart:
+    """One bar and one tick ("ap", "ap50") a label, worst first; names: what the two are called."""
     # Altair takes a colon in a column's name for a type, so the columns have plain names.
     rows = pd.DataFrame(
         [
@@ -78,11 +92,11 @@ def ap_bars(per_label: Mapping[str, Mapping[str, float]]) -> alt.Chart:
     base = alt.Chart(rows).encode(y=alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelOverlap=False)))
     scale = alt.Scale(domain=[0, 1])
     bars = base.mark_bar(cornerRadiusEnd=2, color="#0f766e").encode(
-        x=alt.X("ap:Q", scale=scale, title="average precision"),
+        x=alt.X("ap:Q", scale=scale, title="average precision" if names[0].startswith("AP") else names[0]),
         tooltip=[
             "label",
-            alt.Tooltip("ap:Q", format=".3f", title="AP@[.5:.95]"),
-            alt.Tooltip("ap50:Q", format=".3f", title="AP50"),
+            alt.Tooltip("ap:Q", format=".3f", title=names[0]),
+            alt.Tooltip("ap50:Q", format=".3f", title=names[1]),
         ],
     )
     ticks = base.mark_tick(thickness=3, color="#d97706").encode(x=alt.X("ap50:Q", scale=scale))

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app import charts, draw, session, times
+from app import draw, scores, session, times
 from workbench.annotation import Annotation
 from workbench.boxes import Detections
-from workbench.dataset import SPLITS, Manifest
+from workbench.dataset import SPLITS, LabeledFrame, Manifest
 from workbench.errors import Invalid, NotFound
 from workbench.evaluation.matching import box_of, match
-from workbench.evaluation.metrics import Metrics
+from workbench.evaluation.primary import scored_from
+from workbench.evaluation.regions import pixels, with_outlines
+from workbench.evaluation.tags import TagMetrics, is_tag
 from workbench.steps.deploy import offers
 from workbench.taxonomy import Taxonomy
 
@@ -78,16 +80,16 @@ def start(dataset: str) -> None:
 
 def choose_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The table of evaluations; returns the one to show (the newest, or the row clicked)."""
+    columns = scores.of_runs(runs)
     rows = [
         {
             "when": times.clock(run["started_at"]),
             "model": run["tags"].get("model", run["name"]),
             "version": run["tags"].get("version", ""),
             "split": run["tags"].get("split", ""),
-            "mAP@[.5:.95]": run["metrics"].get("map_50_95"),
-            "mAP50": run["metrics"].get("map_50"),
+            **{name: run["metrics"].get(metric) for metric, name in columns.items()},
             "frames": run["params"].get("frames", ""),
-            "boxes": run["params"].get("truth", ""),
+            "truth": run["params"].get("truth", ""),
         }
         for run in runs
     ]
@@ -98,7 +100,7 @@ def choose_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
         selection_mode="single-row",
         key="evaluations_table",
         height="auto" if len(rows) <= ROWS else 250,
-        column_config={name: st.column_config.NumberColumn(format="%.3f") for name in ("mAP@[.5:.95]", "mAP50")},
+        column_config={name: st.column_config.NumberColumn(format="%.3f") for name in columns.values()},
     )
     chosen = event["selection"]["rows"]
     return runs[chosen[0]] if chosen and chosen[0] < len(runs) else runs[0]
@@ -119,30 +121,16 @@ def evaluation_of(_home: str, run_id: str) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any], dataset: str) -> None:
-    metrics = Metrics.from_json(record["metrics"])
+    metrics = scored_from(record["metrics"])
     st.subheader(f"{record['model']} on {record['version']}, {record['split']}", anchor=False)
-    for column, (name, value) in zip(
-        st.columns(6),
-        (
-            ("mAP@[.5:.95]", metrics.map_50_95),
-            ("mAP50", metrics.map_50),
-            ("mAP75", metrics.coco.get("map_75")),
-            ("recall, 100 boxes", metrics.coco.get("ar_100")),
-            ("best F1", metrics.best_f1),
-            ("at confidence", metrics.best_confidence),
-        ),
-    ):
+    shown = scores.tiles(metrics)
+    for column, (name, value) in zip(st.columns(len(shown)), shown):
         column.metric(name, "–" if value is None else f"{value:.3f}")
-    st.caption(
-        session.literal(
-            f"{metrics.frames} frames, {metrics.truth} boxes in the truth, {metrics.detections} drawn at confidence "
-            f"{metrics.confidence:.2f}; "
-            f"{record['backend'].get('backend', '')} {record['backend'].get('precision', '')}, {record['seconds']:.0f} s."
-        )
-    )
+    backend = f"{record['backend'].get('backend', '')} {record['backend'].get('precision', '')}"
+    st.caption(session.literal(f"{scores.counted(metrics)}; {backend}, {record['seconds']:.0f} s."))
     for names, told in (
         (record["unmatched_labels"], "labels of the model are not in the data set and were not scored"),
-        (record["unreached_labels"], "labels of the data set are never given by the model: their AP is 0"),
+        (record["unreached_labels"], "labels of the data set are never given by the model: they score 0"),
     ):
         if names:
             st.info(session.literal(f"{len(names)} {told}: {', '.join(names[:12])}{' …' * (len(names) > 12)}."))
@@ -155,44 +143,17 @@ def show(record: dict[str, Any], dataset: str) -> None:
         ]
     )
     with labels:
-        left, right = st.columns([1, 1])
-        left.altair_chart(charts.ap_bars(metrics.per_class), key="ap")
-        left.caption("Bar: AP@[.5:.95]. Tick: AP at IoU 0.5.")
-        right.dataframe(
-            [
-                {
-                    "label": label,
-                    "AP": row["ap"],
-                    "AP50": row["ap50"],
-                    "truth": row["truth"],
-                    "drawn": row["detections"],
-                    "best F1": row["best_f1"],
-                    "at": row["best_confidence"],
-                }
-                for label, row in metrics.per_class.items()
-            ],
-            hide_index=True,
-            placeholder="–",
-            column_config={
-                name: st.column_config.NumberColumn(format="%.3f") for name in ("AP", "AP50", "best F1", "at")
-            },
-        )
+        scores.by_label(metrics)
     with curves:
-        shown = {
-            label: [(index / 100, value) for index, value in enumerate(curve["precision"])]
-            for label, curve in metrics.curves.items()
-        }
-        st.altair_chart(charts.pr_curves(shown), key="pr")
-        st.caption("At IoU 0.5. A curve that stays high and reaches far to the right is a label the model knows.")
+        scores.curves(metrics)
     with confusion:
-        st.altair_chart(charts.confusion(metrics.labels, metrics.confusion), key="confusion")
-        st.caption(
-            f"Boxes at IoU 0.5 and confidence {metrics.confidence:.2f}. Last column: missed; last row: spurious."
-        )
+        scores.confusion(metrics)
     with frames, session.explained():
         manifest = session.workbench().datasets.manifest(record["version"])
-        worst(record, manifest)
-        in_fiftyone(record, manifest, dataset)
+        is_tags = isinstance(metrics, TagMetrics)
+        worst(record, manifest, is_tags, not is_tags and metrics.regions is not None)
+        if not is_tags:
+            in_fiftyone(record, manifest, dataset)
 
 
 def errors_of(truth: tuple[Annotation, ...], drawn: list[Annotation]) -> tuple[int, int, int]:
@@ -207,16 +168,61 @@ def errors_of(truth: tuple[Annotation, ...], drawn: list[Annotation]) -> tuple[i
     return len(wanted) - len(pairs), len(drawn) - len(pairs), sum(not pair.is_same_label for pair in pairs)
 
 
-def worst(record: dict[str, Any], manifest: Manifest) -> None:
+def tag_errors(truth: tuple[Annotation, ...], drawn: list[Annotation]) -> tuple[int, int, int]:
+    """(missed, spurious, one label for another) of the tags of one frame."""
+    wanted, given = {one.label for one in truth if is_tag(one)}, {one.label for one in drawn}
+    missed, spurious = len(wanted - given), len(given - wanted)
+    wrong = min(missed, spurious)
+    return missed - wrong, spurious - wrong, wrong
+
+
+def drawing(row: list[Any], source: str, is_tags: bool) -> Annotation | None:
+    """What the model draws by one row of an evaluation's "found"; None for a box without area."""
+    x1, y1, x2, y2, label, confidence, *outline = row
+    if is_tags:
+        return Annotation(label, source=source, confidence=confidence)
+    if x2 <= x1 or y2 <= y1:
+        return None
+    polygon = tuple(zip(outline[0][::2], outline[0][1::2])) if outline else None
+    return Annotation(label, (x1, y1, x2, y2), polygon, source=source, confidence=confidence)
+
+
+@st.cache_data(max_entries=20, show_spinner="Comparing regions …")
+def overlaps(_home: str, run_id: str, _record: dict[str, Any], _manifest: Manifest) -> dict[str, tuple[int, float]]:
+    """Frame name -> (pixels that have another label than the truth, IoU of all labelled pixels; 1 without any)."""
+    frames, source = with_outlines(_manifest.split(_record["split"])), f"model:{_record['model']}"
+    taxonomy, found = _manifest.taxonomy, {}
+    for name, rows in _record["found"].items():
+        drawn = [one for row in rows if (one := drawing(row, source, False)) is not None and one.polygon]
+        found[name] = Detections(
+            np.array([one.xyxy for one in drawn], float).reshape(-1, 4),
+            np.array([taxonomy.class_id(one.label) for one in drawn], int),
+            np.ones(len(drawn)),
+            polygons=tuple(np.array(one.polygon) for one in drawn),
+        )
+    told = {}
+    for labeled in frames:
+        counts = pixels([labeled], found, taxonomy).confusion[0]
+        labelled = counts.sum() - counts[-1, -1]
+        wrong = counts.sum() - np.trace(counts)
+        told[labeled.frame.name] = int(wrong), float((labelled - wrong) / labelled) if labelled else 1.0
+    return told
+
+
+def worst(record: dict[str, Any], manifest: Manifest, is_tags: bool, has_regions: bool) -> None:
     """The frames with the most mistakes: the truth on the left, what the model draws on the right."""
     rows = []
-    for labeled in manifest.split(record["split"]):
-        drawn = [
-            Annotation(label, (x1, y1, x2, y2), source=f"model:{record['model']}", confidence=confidence)
-            for x1, y1, x2, y2, label, confidence in record["found"].get(labeled.frame.name, ())
-            if x2 > x1 and y2 > y1
-        ]
-        missed, spurious, wrong = errors_of(labeled.annotations, drawn)
+    home = str(session.workbench().config.home)
+    shared = overlaps(home, record["run_id"], record, manifest) if has_regions else {}
+    for labeled in with_outlines(manifest.split(record["split"])):
+        given = record["found"].get(labeled.frame.name, ())
+        made = (drawing(row, f"model:{record['model']}", is_tags) for row in given)
+        drawn = [one for one in made if one is not None]
+        if has_regions:
+            wrong, iou = shared[labeled.frame.name]
+            rows.append((wrong, labeled, drawn, f"IoU {iou:.2f}"))
+            continue
+        missed, spurious, wrong = (tag_errors if is_tags else errors_of)(labeled.annotations, drawn)
         rows.append(
             (
                 missed + spurious + wrong,
@@ -232,17 +238,26 @@ def worst(record: dict[str, Any], manifest: Manifest) -> None:
         )
     rows.sort(key=lambda row: (-row[0], row[1].frame.name))
     perfect = sum(not row[0] for row in rows)
-    st.caption(f"{perfect} of {len(rows)} frames are without a mistake. Left: the truth; right: what the model draws.")
+    st.caption(
+        f"{perfect} of {len(rows)} frames are without a mistake. Left: the truth; right: what the model draws"
+        f"{', with the IoU of all labelled pixels' if has_regions else ''}."
+    )
     labels = manifest.taxonomy.labels
     for start in range(0, min(WORST, len(rows)), 2):
         pictures = []
         for _, labeled, drawn, said in rows[start : start + 2]:
             pictures += [
-                draw.of_labeled(labeled.frame, labeled.annotations),
+                draw.of_labeled(labeled.frame, labeled.annotations, _tagged(labeled) if is_tags else ""),
                 draw.Picture(labeled.frame.blob, tuple(drawn), said),
             ]
         draw.gallery(pictures, labels, 4)
     draw.legend(labels)
+
+
+def _tagged(labeled: LabeledFrame) -> str:
+    """The caption of a frame whose tags are looked at."""
+    tags = sorted(one.label for one in labeled.annotations or () if is_tag(one))
+    return f"{labeled.frame.name} · {', '.join(tags) or 'no tag'}"
 
 
 def in_fiftyone(record: dict[str, Any], manifest: Manifest, dataset: str) -> None:

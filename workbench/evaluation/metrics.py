@@ -12,6 +12,7 @@ from workbench.annotation import Annotation
 from workbench.boxes import Detections, iou, xyxy_to_xywh
 from workbench.errors import Invalid
 from workbench.evaluation.matching import SAME_OBJECT_IOU, box_of, match
+from workbench.evaluation.regions import RegionMetrics
 from workbench.taxonomy import Taxonomy
 
 # COCO's twelve numbers in the order of pycocotools' COCOeval.summarize.
@@ -35,6 +36,7 @@ class Metrics:
                      prediction, the last of both is "nothing there"
     confidence       the operating threshold of `confusion` and the counts
     best_confidence  the one threshold for all labels with the highest F1 over all boxes (best_f1)
+    regions          of a model that draws polygons on frames whose truth has some; all else is about the boxes around
     """
 
     labels: tuple[str, ...]
@@ -48,6 +50,32 @@ class Metrics:
     confidence: float
     best_confidence: float
     best_f1: float
+    regions: RegionMetrics | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Metric -> value over all labels."""
+        masks = {} if self.regions is None else {
+            "miou": self.regions.miou, **{f"mask_{name}": value for name, value in self.regions.coco.items()}}
+        return {"map_50_95": self.map_50_95, "map_50": self.map_50, **masks}
+
+    def by_label(self, metric: str) -> dict[str, float]:
+        """Label -> its part in map_50_95, map_50 or miou."""
+        if metric == "miou":
+            return self.regions.iou
+        return {label: row[{"map_50_95": "ap", "map_50": "ap50"}[metric]] for label, row in self.per_class.items()}
+
+    def logged(self) -> dict[str, float]:
+        """All numbers worth a line in a table of runs."""
+        values = {name: value for name, value in self.coco.items() if value is not None}
+        values |= {f"ap/{label}": row["ap"] for label, row in self.per_class.items()} | self.values
+        if self.regions is not None:
+            values |= {f"iou/{label}": value for label, value in self.regions.iou.items()}
+        return values | {"best_f1": self.best_f1, "best_confidence": self.best_confidence}
+
+    def is_shown(self, found: Detections) -> np.ndarray:
+        """(n,) which detections of a frame lie at or above the operating threshold."""
+        return found.confidence >= np.float32(self.confidence)
 
     @property
     def map_50_95(self) -> float:
@@ -62,7 +90,9 @@ class Metrics:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Metrics:
-        return cls(**{**record, "labels": tuple(record["labels"]), "confusion": tuple(map(tuple, record["confusion"]))})
+        regions = record.get("regions")
+        return cls(**{**record, "labels": tuple(record["labels"]), "confusion": tuple(map(tuple, record["confusion"])),
+                      "regions": None if regions is None else RegionMetrics.from_json(regions)})
 
 
 def score(truth: Mapping[str, Sequence[Annotation] | None], found: Mapping[str, Detections | Sequence[Annotation]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,19 +30,39 @@ def differences(truth: Mapping[str, Sequence[Annotation]], one: Mapping[str, Det
     Each is over one draw of the frames with replacement, the same draws for both (paired bootstrap; Efron and
     Tibshirani, 1993, chapter 13). NaN where a draw has no frame with the label, for mAP: with any label.
     """
+    figures = (box_figure(truth, boxes, taxonomy, ious) for boxes in (one, other))
+    return drawn(*figures, len(truth), seed)
+
+
+# (frames,) how often each frame is there -> the figure over them, and label -> its part; NaN where they do not tell.
+Figure = Callable[[np.ndarray], tuple[float, dict[str, float]]]
+
+
+def box_figure(truth: Mapping[str, Sequence[Annotation]], found: Mapping[str, Detections], taxonomy: Taxonomy,
+               ious: int = len(IOUS)) -> Figure:
+    """mAP over draws of the frames by name, and each label's AP, of the labels that the truth has; `found` and `ious`
+    as `differences` takes them."""
     names = sorted(truth)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    found: dict[str, np.ndarray] = {}
-    for class_id, label in enumerate(taxonomy.labels):
-        first, second = (matches([truth[name] for name in names], [boxes.get(name) for name in names], label, class_id)
-                         for boxes in (one, other))
-        if first.truth.any():
-            found[label] = np.array([first.average_precision(draw, ious) - second.average_precision(draw, ious)
-                                     for draw in draws])
-    rows = np.array(list(found.values())).reshape(-1, RESAMPLES)
-    # A draw without a label's frames says nothing about it, as in COCO's mean over labels.
-    counts = np.isfinite(rows).sum(axis=0)
-    return np.where(counts, np.nansum(rows, axis=0) / np.maximum(counts, 1), np.nan), found
+    made = {label: matches([truth[name] for name in names], [found.get(name) for name in names], label, class_id)
+            for class_id, label in enumerate(taxonomy.labels)}
+    there = {label: one for label, one in made.items() if one.truth.any()}
+    return lambda weights: mean_and_parts({label: one.average_precision(weights, ious) for label, one in there.items()})
+
+
+def drawn(one: Figure, other: Figure, frames: int, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(RESAMPLES,) differences `one` - `other`, and label -> the same of its part, each over one draw of the frames with
+    replacement, the same draws for both."""
+    draws = np.random.default_rng(seed).multinomial(frames, np.full(frames, 1 / frames), RESAMPLES)
+    pairs = [(one(draw), other(draw)) for draw in draws]
+    overall = np.array([first[0] - second[0] for first, second in pairs])
+    return overall, {label: np.array([first[1][label] - second[1][label] for first, second in pairs])
+                     for label in pairs[0][0][1]}
+
+
+def mean_and_parts(parts: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The mean over labels; a draw without a label's frames says nothing about it, as in COCO's mean over labels."""
+    known = [value for value in parts.values() if value == value]
+    return (sum(known) / len(known) if known else float("nan")), parts
 
 
 def interval(values: np.ndarray) -> list[float]:

@@ -1,17 +1,27 @@
-"""COCO detection JSON, one file or one a split, beside or above its pictures (also as Roboflow and CVAT lay it out)."""
+"""COCO JSON, one file or one a split, beside or above its pictures (also as Roboflow and CVAT lay it out).
+
+Boxes; outlines (`segmentation`, as polygons or run-length encoding), which become one polygon each; and tags of whole
+pictures, where `images` have "tags": [category id or name, ...] as checkouts have.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from workbench.annotation import SAME_PX
 from workbench.blobs import Blobs
 from workbench.dataset import SPLITS, Manifest
 from workbench.errors import Invalid
 from workbench.formats.checkout import coco_document, link_blob
 from workbench.formats.labels import ImageLabels, LabelBox, Labels, number, usable_label
+from workbench.formats.outlines import decode_rle, of_mask, of_parts
 from workbench.formats.source import SPLIT_FOLDERS, Files, split_of
 
 
@@ -47,12 +57,15 @@ def read(files: Files, found: dict[str, dict[str, Any]]) -> Labels:
         for key, box in _boxes(path, content, categories, images, labels):
             boxes[key].append(box)
         is_looked_at = isinstance(content.get("annotations"), list)
+        tags = _tags(path, content, categories, images, labels)
+        for key, given in tags.items():
+            boxes[key] += given
         for key, (image, size) in images.items():
             if image in labels.images:
                 labels.warnings[f"{path} image {key}"] = (f"{image} is in {labels.images[image].where} already; what "
                                                           "stands there is kept.")
                 continue
-            labels.images[image] = ImageLabels(tuple(boxes[key]) if is_looked_at else None,
+            labels.images[image] = ImageLabels(tuple(boxes[key]) if is_looked_at or key in tags else None,
                                                _split(path) or split_of(image), size, path)
     for image in files.images:
         if image not in labels.images:
@@ -149,15 +162,88 @@ def _boxes(path: str, content: dict[str, Any], categories: dict[Any, str | None]
         if not isinstance(category, int) or category not in categories:
             labels.refused[where] = (f"has the unknown category {str(category)[:40]!r} (known: "
                                      f"{', '.join(map(str, categories))[:200]}); the box is left out.")
-        elif not isinstance(bbox, list) or len(bbox) != 4:
-            labels.refused[where] = "has no bbox of four numbers x, y, width, height; it is left out."
         elif row.get("iscrowd"):
             labels.warnings[where] = "is a crowd region, which is no single object; it is left out."
         elif categories[category] is not None:
-            x, y, width, height = map(number, bbox)
             given = row.get("attributes")
-            yield image, LabelBox(categories[category], (x, y, x + width, y + height), where,
-                                  attributes=given if isinstance(given, dict) else {})
+            box = LabelBox(categories[category], None, where, attributes=given if isinstance(given, dict) else {})
+            has_box = isinstance(bbox, list) and len(bbox) == 4
+            if has_box:
+                x, y, width, height = map(number, bbox)
+                box = replace(box, values=(x, y, x + width, y + height))
+            try:
+                polygon = _outline(row.get("segmentation"), images[image][1])
+            except Invalid as error:
+                polygon = None
+                if has_box:
+                    labels.warnings[where] = f"{error}; its bbox is taken instead."
+                else:
+                    labels.refused[where] = f"{error}; it is left out."
+                    continue
+            if polygon is not None and not (has_box and _is_rectangle(polygon, box.values)):
+                box = replace(box, values=None, polygon=polygon)
+            if box.values is None and box.polygon is None:
+                labels.refused[where] = "has no bbox of four numbers x, y, width, height; it is left out."
+            else:
+                yield image, box
+
+
+def _tags(path: str, content: dict[str, Any], categories: dict[Any, str | None], images: dict[Any, Any],
+          labels: Labels) -> dict[Any, list[LabelBox]]:
+    """Image id -> its tags, of the pictures that have a list of them."""
+    found: dict[Any, list[LabelBox]] = {}
+    for row in content["images"]:
+        if not isinstance(row, dict) or "tags" not in row or row.get("id") not in images or row["id"] in found:
+            continue
+        where, given = f"{path} image {str(row.get('file_name'))[:200]} tags", row["tags"]
+        if not isinstance(given, list):
+            labels.refused[where] = f"are {str(given)[:40]!r} instead of a list of category ids; they are left out."
+            continue
+        found[row["id"]] = []
+        for tag in given:
+            is_id = isinstance(tag, int) and not isinstance(tag, bool) and tag in categories
+            label = categories[tag] if is_id else tag if isinstance(tag, str) and tag in categories.values() else None
+            if label is not None:
+                found[row["id"]].append(LabelBox(label, None, f"{where} {tag}"))
+            elif not is_id:
+                labels.refused[f"{where} {str(tag)[:40]}"] = (f"is no category (known: "
+                                                              f"{', '.join(map(str, categories))[:200]}); it is left out.")
+    return found
+
+
+def _outline(segmentation: Any, size: tuple[int, int] | None) -> tuple[tuple[float, float], ...] | None:
+    """One closed polygon around a COCO segmentation, None where there is none. Raises Invalid with the reason.
+
+    size  (width, height) of the picture as the file says it
+    """
+    if not segmentation:
+        return None
+    if isinstance(segmentation, dict):
+        mask = decode_rle(segmentation)
+        if size not in (None, mask.shape[::-1]):
+            raise Invalid(f"its mask is for {mask.shape[1]} x {mask.shape[0]} pixels, the picture has {size[0]} x "
+                          f"{size[1]}")
+        return tuple(map(tuple, of_mask(mask).tolist()))
+    parts = []
+    for part in segmentation if isinstance(segmentation, list) else [None]:
+        if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+            raise Invalid("its segmentation is neither a mask nor a list of polygons x1, y1, x2, y2, ... of at least "
+                          "three points")
+        parts.append(np.array([number(value) for value in part]).reshape(-1, 2))
+    if len(parts) == 1 or not all(np.isfinite(part).all() for part in parts):  # `place` names what is not finite
+        return tuple(map(tuple, np.concatenate(parts).tolist()))
+    return tuple(map(tuple, of_parts(parts).tolist()))
+
+
+def _is_rectangle(polygon: Sequence[tuple[float, float]], xyxy: Sequence[float]) -> bool:
+    """Whether a polygon is only its box written as one, as exports of boxes have it."""
+    x1, y1, x2, y2 = xyxy
+    corners = (x1, y1), (x2, y1), (x2, y2), (x1, y2)
+
+    def meet(some: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> bool:
+        return all(any(math.dist(one, other) <= SAME_PX for other in others) for one in some)
+
+    return len(polygon) <= 5 and meet(polygon, corners) and meet(corners, polygon)
 
 
 def _locate(files: Files, path: str, name: str) -> str | None:

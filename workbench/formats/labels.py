@@ -2,8 +2,9 @@
 
 Every reader gives `Labels`; `place` turns one picture's part of them into annotations, by the same rules for all:
 
-- a box that leaves the picture by at most ROUNDING_PX a side is cut to it without a word (tools round);
+- a box or polygon that leaves the picture by at most ROUNDING_PX a side is cut to it without a word (tools round);
 - one of which at least half lies inside is cut and gives a warning; any other is refused;
+- a tag is about the whole picture and always fits;
 - so is one with NaN or infinity, one without area, and one of an unknown label;
 - a refused box is listed, and the picture goes on with its other boxes;
 - labels that were made for a picture of another size are refused as a whole: they belong to another picture.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,24 +28,27 @@ MIN_INSIDE = 0.5  # share of a box's area that must lie in the picture
 
 @dataclass(frozen=True)
 class LabelBox:
-    """One box as a label file has it.
+    """One box, polygon or tag as a label file has it.
 
-    values       x1, y1, x2, y2 in pixels, or, where `is_relative`, centre x, centre y, width, height in 0..1
+    values       x1, y1, x2, y2 in pixels, or, where `is_relative`, centre x, centre y, width, height in 0..1; None for a
+                 polygon or a tag
     where        the file and the place in it, for messages: "labels/a.txt line 3"
+    polygon      ((x, y), ...) in pixels, or in 0..1 where `is_relative`; with neither this nor values it is a tag
     """
 
     label: str
-    values: tuple[float, float, float, float]
+    values: tuple[float, float, float, float] | None
     where: str
     is_relative: bool = False
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    polygon: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True)
 class ImageLabels:
     """What label files say about one picture.
 
-    boxes  None: no label file mentions it (nobody looked); (): one does, and has no box
+    boxes  boxes, polygons and tags; None: no label file mentions it (nobody looked); (): one does, and has none
     split  "train", "val", "test", or None when the format does not say
     size   (width, height) the labels were made for, or None when the format does not say
     where  the label file, for messages
@@ -95,18 +99,20 @@ def place(labels: ImageLabels, name: str, size: tuple[int, int], file_size: tupl
     seen = set()
     for index, box in enumerate(labels.boxes):
         try:
-            xyxy, warning = _fit(box, size, file_size, orientation if turned else 1)
+            fit = _fit if box.polygon is None else _fit_polygon
+            xyxy, polygon, warning = fit(box, size, file_size, orientation if turned else 1)
         except Invalid as error:
             refused[box.where] = str(error)
             continue
-        if (box.label, xyxy) in seen:
-            warnings[box.where] = f"repeats a box of {box.label!r}; it is taken once."
+        if (box.label, xyxy, polygon) in seen:
+            kind = "polygon" if polygon else "box" if xyxy else "tag"
+            warnings[box.where] = f"repeats a {kind} of {box.label!r}; it is taken once."
             continue
-        seen.add((box.label, xyxy))
+        seen.add((box.label, xyxy, polygon))
         if warning:
             warnings[box.where] = warning
-        annotations.append(Annotation(label=box.label, xyxy=xyxy, attributes=dict(box.attributes), source=source,
-                                      id=_id(name, index, box.label, xyxy)))
+        annotations.append(Annotation(label=box.label, xyxy=xyxy, polygon=polygon, attributes=dict(box.attributes),
+                                      source=source, id=_id(name, index, box.label, xyxy, polygon)))
     return Placed(tuple(annotations), refused, warnings)
 
 
@@ -128,8 +134,14 @@ def usable_label(name: object) -> str | None:
         return None
 
 
-def _fit(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orientation: int) -> tuple[tuple, str]:
-    """The box in the upright picture, cut to it at DECIMALS, and a warning or "". Raises Invalid with the reason."""
+Fitted = tuple[tuple[float, ...] | None, tuple[tuple[float, float], ...] | None, str]
+
+
+def _fit(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orientation: int) -> Fitted:
+    """The box in the upright picture, cut to it at DECIMALS, no polygon, and a warning or ""; no box for a tag. Raises
+    Invalid with the reason."""
+    if box.values is None:
+        return None, None, ""
     values = box.values
     if not all(map(math.isfinite, values)):
         raise Invalid(f"the box of {box.label!r} has a value that is not a finite number; the box is left out.")
@@ -154,9 +166,58 @@ def _fit(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orien
         raise Invalid(f"the box ({shown}) of {box.label!r} is less than a hundredth of a pixel wide; the box is left "
                       "out.")
     if out > ROUNDING_PX:
-        return cut, (f"the box ({shown}) of {box.label!r} leaves the picture of {width} x {height} pixels by "
-                     f"{out:.1f}; it was cut to it.")
-    return cut, ""
+        return cut, None, (f"the box ({shown}) of {box.label!r} leaves the picture of {width} x {height} pixels by "
+                           f"{out:.1f}; it was cut to it.")
+    return cut, None, ""
+
+
+def _fit_polygon(box: LabelBox, size: tuple[int, int], file_size: tuple[int, int], orientation: int) -> Fitted:
+    """The box around the polygon in the upright picture, the polygon cut to it at DECIMALS, and a warning or ""."""
+    if not all(math.isfinite(value) for point in box.polygon for value in point):
+        raise Invalid(f"the polygon of {box.label!r} has a value that is not a finite number; it is left out.")
+    gain = size if box.is_relative else (1, 1)
+    points = [_turn((x * gain[0], y * gain[1]) * 2, file_size, orientation)[:2] for x, y in box.polygon]
+    area = polygon_area(points)
+    if not area:
+        raise Invalid(f"the polygon of {box.label!r} has no area: its {len(points)} points lie on one line; it is left "
+                      "out.")
+    out = max(max(-x, -y, x - size[0], y - size[1]) for x, y in points)
+    inside = _cut_polygon(points, size) if out > 0 else points
+    share = polygon_area(inside) / area
+    if share == 0 or (share < MIN_INSIDE and out > ROUNDING_PX):
+        raise Invalid(f"the polygon of {box.label!r} lies {1 - share:.0%} outside the picture of {size[0]} x {size[1]} "
+                      "pixels; it is left out.")
+    rounded = [(round(x, DECIMALS), round(y, DECIMALS)) for x, y in inside]
+    polygon = tuple(point for at, point in enumerate(rounded) if point != rounded[at - 1])
+    if not polygon_area(polygon):
+        raise Invalid(f"the polygon of {box.label!r} is less than a hundredth of a pixel wide; it is left out.")
+    xs, ys = zip(*polygon)
+    warning = (f"the polygon of {box.label!r} leaves the picture of {size[0]} x {size[1]} pixels by {out:.1f}; it was "
+               "cut to it.") if out > ROUNDING_PX else ""
+    return (min(xs), min(ys), max(xs), max(ys)), polygon, warning
+
+
+def polygon_area(points: Sequence[tuple[float, float]]) -> float:
+    """In square pixels, by the shoelace formula; of a ring with holes joined into it without the holes."""
+    return abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(points, [*points[1:], *points[:1]]))) / 2
+
+
+def _cut_polygon(points: Sequence[tuple[float, float]], size: tuple[int, int]) -> list[tuple[float, float]]:
+    """What of a polygon lies in the picture (Sutherland and Hodgman, Reentrant polygon clipping, 1974)."""
+    for axis in (0, 1):
+        for side, sign in ((0.0, 1), (float(size[axis]), -1)):
+            cut: list[tuple[float, float]] = []
+            for one, other in zip([*points[-1:], *points[:-1]], points):
+                before, after = sign * (one[axis] - side), sign * (other[axis] - side)
+                if (before < 0) != (after < 0):
+                    share = before / (before - after)
+                    crossing = [a + share * (b - a) for a, b in zip(one, other)]
+                    crossing[axis] = side
+                    cut.append(tuple(crossing))
+                if after >= 0:
+                    cut.append(other)
+            points = cut
+    return list(points)
 
 
 def _turn(xyxy: tuple[float, ...], size: tuple[int, int], orientation: int) -> tuple[float, float, float, float]:
@@ -170,6 +231,8 @@ def _turn(xyxy: tuple[float, ...], size: tuple[int, int], orientation: int) -> t
     }[orientation]
 
 
-def _id(name: str, index: int, label: str, xyxy: tuple[float, ...]) -> str:
-    box = ",".join(f"{value:.{DECIMALS}f}" for value in xyxy)
+def _id(name: str, index: int, label: str, xyxy: tuple[float, ...] | None,
+        polygon: tuple[tuple[float, float], ...] | None) -> str:
+    values = [value for point in polygon for value in point] if polygon else xyxy or ()
+    box = ",".join(f"{value:.{DECIMALS}f}" for value in values)
     return hashlib.sha256(f"upload\0{name}\0{index}\0{label}\0{box}".encode()).hexdigest()[:32]

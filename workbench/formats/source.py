@@ -116,7 +116,8 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Source:
-    """format is "images", "coco", "yolo" or "voc"; refused and warnings are by file (and place in it)."""
+    """format is "images", "coco", "yolo", "voc" or "folders" (one per label); refused and warnings are by file (and place
+    in it)."""
 
     root: Path
     format: str
@@ -148,10 +149,10 @@ def open_source(path: Path, limits: Limits = Limits(), check: Callable[[], None]
 def read_source(root: Path, limits: Limits = Limits()) -> Source:
     """Finds out the format of a folder and reads all of its labels; of the pictures nothing is read yet.
 
-    A data set may lie in one more folder. Raises Invalid when label files of two formats are mixed, or when YOLO labels
-    come without class names.
+    A data set may lie in one more folder. Without label files, folders may name tags (formats/classes.py). Raises
+    Invalid when label files of two formats are mixed, or when YOLO labels come without class names.
     """
-    from workbench.formats import coco, voc, yolo
+    from workbench.formats import classes, coco, voc, yolo
 
     files, refused = _walk(root, limits)
     coco_files, coco_problems = coco.find(files)
@@ -167,7 +168,8 @@ def read_source(root: Path, limits: Limits = Limits()) -> Source:
     elif found["VOC"]:
         kind, labels = "voc", voc.read(files)
     else:
-        kind, labels = "images", None
+        labels = classes.read(files)
+        kind = "images" if labels is None else "folders"
     refused |= coco_problems
     frame_names = names_of(files.images)
     if labels is None:
@@ -175,7 +177,7 @@ def read_source(root: Path, limits: Limits = Limits()) -> Source:
             if path not in refused and not PurePosixPath(path).name.lower().startswith(_COMPANION_NAMES):
                 refused[path] = "is not an image (JPEG, PNG, BMP, WebP, TIFF or GIF), and no label file that is known."
         images = tuple(SourceImage(path, frame_names[path]) for path in files.images)
-        return Source(root, kind, Taxonomy(()), images, refused)
+        return Source(root, kind, Taxonomy(()), images, refused, classes.hint(frame_names.values()))
     for path in files.others:
         if PurePosixPath(path).suffix.lower() not in _COMPANION_SUFFIXES and not _is_companion(path):
             refused.setdefault(path, "is not an image (JPEG, PNG, BMP, WebP, TIFF or GIF).")
@@ -203,7 +205,7 @@ def names_of(paths: tuple[str, ...]) -> dict[str, str]:
     short = below
     while True:
         stripped = _without_common_folders({
-            path: parts[1:] if len(parts) > 1 and _is_structure(parts[0]) else parts for path, parts in short.items()})
+            path: parts[1:] if len(parts) > 1 and is_structure(parts[0]) else parts for path, parts in short.items()})
         if stripped == short:
             break
         short = stripped
@@ -212,7 +214,8 @@ def names_of(paths: tuple[str, ...]) -> dict[str, str]:
     return {path: printable("/".join(parts)) for path, parts in short.items()}
 
 
-def _is_structure(folder: str) -> bool:
+def is_structure(folder: str) -> bool:
+    """Whether a folder says what lies in it: images/, train/."""
     return folder.lower() in _STRUCTURE or re.sub(r"[_-]?\d{4}$", "", folder.lower()) in SPLIT_FOLDERS
 
 

@@ -1,4 +1,7 @@
-"""YOLO in Ultralytics' layout: data.yaml, images/, labels/; also classes.txt, and labels beside the images."""
+"""YOLO in Ultralytics' layout: data.yaml, images/, labels/; also classes.txt, and labels beside the images.
+
+A line is a box (class, centre x, centre y, width, height) or a polygon (class, x1, y1, x2, y2, x3, y3, ...), all relative.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def read(files: Files) -> Labels:
 
 def write(manifest: Manifest, blobs: Blobs, folder: Path) -> None:
     """Ultralytics' layout: images/<split>/, labels/<split>/, data.yaml. Nobody looked: no label file; nothing there: an
-    empty one. Frames without a split lie in images/ itself."""
+    empty one. Frames without a split lie in images/ itself. Tags have no place there and are left out."""
     for one in manifest.frames:
         place = PurePosixPath(one.split or "") / one.frame.name
         link_blob(blobs, one.frame.blob, folder / "images" / place)
@@ -81,9 +84,12 @@ def write(manifest: Manifest, blobs: Blobs, folder: Path) -> None:
 def _line(one: LabeledFrame, taxonomy: Taxonomy) -> Iterator[str]:
     width, height = one.frame.width, one.frame.height
     for annotation in one.annotations or ():
-        if annotation.xyxy is not None:
+        # Eight decimals keep a hundredth of a pixel in pictures of up to a million pixels a side.
+        if annotation.polygon is not None:
+            points = (f"{x / width:.8f} {y / height:.8f}" for x, y in annotation.polygon)
+            yield f"{taxonomy.class_id(annotation.label)} {' '.join(points)}\n"
+        elif annotation.xyxy is not None:
             x1, y1, x2, y2 = annotation.xyxy
-            # Eight decimals keep a hundredth of a pixel in pictures of up to a million pixels a side.
             yield (f"{taxonomy.class_id(annotation.label)} {(x1 + x2) / 2 / width:.8f} {(y1 + y2) / 2 / height:.8f} "
                    f"{(x2 - x1) / width:.8f} {(y2 - y1) / height:.8f}\n")
 
@@ -93,18 +99,20 @@ def _lines(text: str, path: str, by_id: dict[int, str], refused: dict[str, str])
         words, where = line.split(), f"{path} line {index}"
         if not words:
             continue
-        if len(words) != 5:
-            hint = " (a polygon? Only boxes are read)" if len(words) > 6 and len(words) % 2 else ""
-            refused[where] = (f"has {len(words)} numbers{hint}; a box has 5: class, centre x, centre y, width, height. "
-                              "The line is left out.")
+        if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
+            refused[where] = (f"has {len(words)} numbers; a box has 5: class, centre x, centre y, width, height, a "
+                              "polygon 7 or more: class and x, y of each point. The line is left out.")
             continue
         values = tuple(map(number, words))
         if values[0] not in by_id:
             known = ", ".join(map(str, by_id))
             refused[where] = f"names class {words[0][:40]!r}, but the classes are {known}; the line is left out."
         elif any(not -TOLERANCE <= value <= 1 + TOLERANCE for value in values[1:]):  # NaN compares false: refused too
-            refused[where] = (f"has a value outside 0..1 ({' '.join(words[1:])[:80]}); YOLO boxes are relative to the "
-                              "picture. The line is left out.")
+            refused[where] = (f"has a value outside 0..1 ({' '.join(words[1:])[:80]}); YOLO boxes and polygons are "
+                              "relative to the picture. The line is left out.")
+        elif len(words) > 5:
+            yield LabelBox(by_id[int(values[0])], None, where, is_relative=True,
+                           polygon=tuple(zip(values[1::2], values[2::2])))
         else:
             yield LabelBox(by_id[int(values[0])], values[1:], where, is_relative=True)
 

@@ -107,8 +107,9 @@ def held_out_of(version: str, split: str, card: ModelCard, store: DatasetStore, 
     labels or draws no boxes."""
     if split not in SPLITS:
         raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
-    if card.task == "tags":
-        raise Invalid(f"{card.ref} tags whole pictures; certificates are about boxes. Use its FP32 version.")
+    if card.task != "boxes":
+        raise Invalid(f"{card.ref} draws {card.task}; certificates are about boxes and would not show what INT8 costs "
+                      "it. Use its FP32 version.")
     manifest = store.manifest(version)
     frames = manifest.split(split)
     if not any(one.annotations for one in frames):

@@ -6,20 +6,26 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from workbench.annotation import DECIMALS
 from workbench.blobs import Blobs
 from workbench.boxes import Detections
-from workbench.dataset import SPLITS, parse_ref
+from workbench.dataset import SPLITS, LabeledFrame, parse_ref
 from workbench.errors import Invalid, WorkbenchError
-from workbench.evaluation.metrics import DEFAULT_CONFIDENCE, Metrics, score
+from workbench.evaluation.metrics import DEFAULT_CONFIDENCE, score
+from workbench.evaluation.primary import Scored, counts, default_metric
+from workbench.evaluation.regions import has_regions, score_regions, with_outlines
+from workbench.evaluation.tags import score_tags
 from workbench.inference.detector import Detector, OpenBackend
+from workbench.inference.families import settings
 from workbench.inference.pipeline import detect_frames
+from workbench.model import ModelCard
 from workbench.ports import DatasetStore, Job, ModelStore, Tracker
 from workbench.taxonomy import Taxonomy
 
@@ -31,7 +37,9 @@ LEAST_CONFIDENCE = 0.01
 class Evaluation:
     """A model's score on a split.
 
-    found             frame name -> Detections down to `least_confidence`, class_id indexes metrics.labels
+    metrics           of boxes and polygons, or of tags
+    found             frame name -> Detections down to `least_confidence`, class_id indexes metrics.labels; of tags every
+                      label with its confidence
     unmatched_labels  the model's labels that the data set lacks: their boxes are not scored
     unreached_labels  the data set's labels that the model never gives: their AP is 0
     run_id            the tracker's run, "" without a tracker
@@ -41,7 +49,7 @@ class Evaluation:
     version: str
     digest: str
     split: str
-    metrics: Metrics
+    metrics: Scored
     found: dict[str, Detections]
     seconds: float
     backend: dict[str, str]
@@ -51,23 +59,15 @@ class Evaluation:
     run_id: str = ""
 
     def to_json(self, with_boxes: bool = True) -> dict[str, Any]:
-        """Plain JSON; "found" has the boxes to draw, those at or above the operating threshold: frame name ->
-        [[x1, y1, x2, y2, label, confidence], ...]."""
+        """Plain JSON; "found" has what the model draws at its operating point: frame name ->
+        [[x1, y1, x2, y2, label, confidence], ...], of a polygon followed by [x1, y1, x2, y2, ...] of its corners."""
         record = {name: getattr(self, name) for name in ("model", "version", "digest", "split", "seconds", "backend",
                                                          "least_confidence", "run_id")}
         record |= {"metrics": self.metrics.to_json(), "unmatched_labels": list(self.unmatched_labels),
                    "unreached_labels": list(self.unreached_labels)}
         if with_boxes:
             record["found"] = {
-                name: [
-                    [
-                        *(round(float(value), 2) for value in xyxy),
-                        self.metrics.labels[class_id],
-                        round(float(confidence), 4),
-                    ]
-                    for xyxy, class_id, confidence in zip(boxes.xyxy, boxes.class_id, boxes.confidence)
-                    if confidence >= self.metrics.confidence
-                ]
+                name: _rows(boxes[self.metrics.is_shown(boxes)], self.metrics.labels)
                 for name, boxes in self.found.items()
             }
         return record
@@ -82,29 +82,34 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
     tracker         keeps the result as a run of the experiment <data set>/evaluations; the same job again finds its
                     run. None: nothing is kept
 
-    Frames nobody looked at take no part. Boxes are scored: of polygons the box around them, of tags nothing. Raises Invalid when the split has no labelled box, a frame cannot be read (a
-    score on fewer frames would be another score), or the model shares no label with the data set.
+    Frames nobody looked at take no part. A model that draws boxes is scored by its boxes (of the truth's polygons the
+    box around them), one that draws polygons also pixel by pixel where the truth has polygons, one that sets tags by
+    its tags. Raises Invalid when the split has nothing of that kind, a frame cannot be read (a score on fewer frames
+    would be another score), or the model shares no label with the data set.
     """
     if split not in SPLITS:
         raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
     started = time.monotonic()
     card, folder = models.card(model), models.folder(model)
-    if card.task == "tags":
-        raise Invalid(f"{model} sets tags on whole frames; evaluation scores boxes. Look at what it tags on the annotate "
-                      "page, or choose a model that draws.")
     record, manifest = store.version(version), store.manifest(version)
-    frames = manifest.split(split)
-    if not any(one.annotations for one in frames):
-        raise Invalid(
-            f"{version} has no labelled box in its {split} split. Review frames of that split and publish a version."
-        )
+    frames = with_outlines(manifest.split(split))
+    metric = default_metric(card.task, frames)
+    if not any(counts(metric, annotation) for one in frames for annotation in one.annotations or ()):
+        kind = "tagged frame" if card.task == "tags" else "labelled box"
+        raise Invalid(f"{version} has no {kind} in its {split} split, and {model} draws {card.task}. Review frames of "
+                      "that split and publish a version.")
     labels = card.labels.map_to(manifest.taxonomy)
     if not labels.pairs:
         raise Invalid(f"{model} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
                       f"{', '.join(manifest.taxonomy.labels[:10])}. Choose a model that was trained for this data.")
     translate = class_ids(card.labels, labels, manifest.taxonomy)
     found: dict[str, Detections] = {}
-    with Detector(card, folder, open_backend, confidence=LEAST_CONFIDENCE, confidence_by_label={}) as detector:
+    least = LEAST_CONFIDENCE
+    if card.task == "tags":
+        least, asked = 0.0, replace(card, decoder={**card.decoder, "top_k": len(card.labels)})
+    else:
+        asked = card
+    with Detector(asked, folder, open_backend, confidence=least, confidence_by_label={}) as detector:
         backend = vars(detector.report)
         stream = detect_frames(
             detector, ((one.frame.name, one.frame) for one in frames), lambda frame: blobs.get(frame.blob)
@@ -116,8 +121,7 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
                 raise Invalid(f"{version} cannot be evaluated: {detections}") from detections
             found[name] = translated(detections, translate)
             job.progress(len(found), len(frames), f"{model} on {version}/{split}")
-    metrics = score({one.frame.name: one.annotations for one in frames}, found, manifest.taxonomy,
-                    confidence=card.decoder.get("confidence", DEFAULT_CONFIDENCE))
+    metrics = _scored(card, frames, found, manifest.taxonomy)
     evaluation = Evaluation(
         model,
         version,
@@ -129,6 +133,7 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
         backend,
         unmatched_labels=labels.unmatched,
         unreached_labels=labels.unreached,
+        least_confidence=least,
     )
     if tracker is None:
         return evaluation
@@ -145,7 +150,34 @@ def translated(detections: Detections, translate: np.ndarray) -> Detections:
     """Detections with the class ids of another taxonomy; those without a target are left out."""
     ids = translate[detections.class_id]
     kept = ids >= 0
-    return Detections(detections.xyxy[kept], ids[kept], detections.confidence[kept])
+    return replace(detections[kept], class_id=ids[kept])
+
+
+def _scored(card: ModelCard, frames: Sequence[LabeledFrame], found: dict[str, Detections],
+            taxonomy: Taxonomy) -> Scored:
+    truth = {one.frame.name: one.annotations for one in frames}
+    confidence = card.decoder.get("confidence", DEFAULT_CONFIDENCE)
+    if card.task == "tags":
+        return score_tags(truth, found, taxonomy, confidence, is_exclusive(card))
+    boxes = score(truth, found, taxonomy, confidence)
+    if card.task != "polygons" or not any(map(has_regions, truth.values())):
+        return boxes
+    # Regions of a semantic model join things of one label that touch.
+    has_instances = card.decoder["name"] != "semantic"
+    return replace(boxes, regions=score_regions(frames, found, taxonomy, confidence, has_instances))
+
+
+def is_exclusive(card: ModelCard) -> bool:
+    """Whether a model that tags sets one label a frame and no more (inference/heads.py, classification)."""
+    given = settings(card.decoder)
+    return given.get("top_k", 1 if given["score"] == "softmax" else None) == 1
+
+
+def _rows(found: Detections, labels: Sequence[str]) -> list[list[Any]]:
+    polygons = found.polygons or [()] * len(found)
+    return [[*(round(float(value), DECIMALS) for value in xyxy), labels[class_id], round(float(confidence), 4),
+             *([[round(float(value), DECIMALS) for value in polygon.ravel()]] if len(polygon) else [])]
+            for xyxy, class_id, confidence, polygon in zip(found.xyxy, found.class_id, found.confidence, polygons)]
 
 
 def _tracked(evaluation: Evaluation, tracker: Tracker, job: Job) -> Evaluation:
@@ -164,9 +196,8 @@ def _tracked(evaluation: Evaluation, tracker: Tracker, job: Job) -> Evaluation:
         {**tags, "job": f"{job.id}:{evaluation.model}:{evaluation.version}/{evaluation.split}"},
     )
     kept = Evaluation(**{**vars(evaluation), "run_id": run_id})
-    values = {name: value for name, value in metrics.coco.items() if value is not None}
-    values |= {f"ap/{_metric_name(label)}": row["ap"] for label, row in metrics.per_class.items()}
-    values |= {"best_f1": metrics.best_f1, "best_confidence": metrics.best_confidence, "seconds": evaluation.seconds}
+    values = {_metric_name(name): value for name, value in metrics.logged().items() if value == value}
+    values |= {"seconds": evaluation.seconds}
     # What ran it goes to the tags: a repeat elsewhere may change it, and the tracker's parameters never change.
     tracker.log(
         run_id,
@@ -188,6 +219,7 @@ def _tracked(evaluation: Evaluation, tracker: Tracker, job: Job) -> Evaluation:
     return kept
 
 
-def _metric_name(label: str) -> str:
-    """MLflow takes letters, digits, _ - . blanks and / in the name of a metric."""
-    return re.sub(r"[^\w\-. ]", "_", label, flags=re.ASCII)
+def _metric_name(name: str) -> str:
+    """MLflow takes letters, digits, _ - . blanks and / in the name of a metric; "ap/<label>" has one of these of ours."""
+    kind, slash, label = name.partition("/")
+    return kind + slash + re.sub(r"[^\w\-. ]", "_", label, flags=re.ASCII)

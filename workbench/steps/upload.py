@@ -1,4 +1,4 @@
-"""Upload: a folder, an archive, a COCO, YOLO or VOC data set becomes the first, or the next, version of a data set."""
+"""Upload: a folder, an archive, or a data set of a known format becomes the first, or the next, version of a data set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UploadReport:
     """What an upload did; all lists are by file or frame name.
 
     version     reference of the version the data set has now
-    format      "images", "coco", "yolo" or "voc"
+    format      "images", "coco", "yolo", "voc" or "folders"
     added       number of new frames; boxes: on them and on frames that got their first labels; labels: the taxonomy
     labeled     names of frames that were there, unlabelled, and got the labels of this upload
     duplicates  file -> the frame that has the same bytes
@@ -214,8 +214,8 @@ def _free_name(one: _Stored, frames: dict[str, LabeledFrame], report: UploadRepo
     return free
 
 
-def _drawn(annotations: tuple[Annotation, ...]) -> set[tuple[str, tuple[float, ...] | None]]:
-    return {(annotation.label, annotation.xyxy) for annotation in annotations}
+def _drawn(annotations: tuple[Annotation, ...]) -> set[tuple[Any, ...]]:
+    return {(annotation.label, annotation.xyxy, annotation.polygon) for annotation in annotations}
 
 
 def _at_work(dataset: str, names: Sequence[str], server: AnnotationServer | None) -> dict[str, WorkingFrame]:

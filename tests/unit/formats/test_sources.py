@@ -173,7 +173,7 @@ def test_yolo_tells_labelled_empty_and_unseen_pictures_apart(folder: Path) -> No
 
 @pytest.mark.parametrize(("line", "why"), [
     ("0 0.5 0.5 0.2", "has 4 numbers"), ("0 0.5 0.5 0.2 0.2 0.9", "has 6 numbers"),
-    ("0 .1 .1 .2 .1 .2 .2", "a polygon? Only boxes are read"), ("5 0.5 0.5 0.2 0.2", "names class '5', but the classes are 0, 1"),
+    ("0 .1 .1 .2 .1 .2 .2 .3", "has 8 numbers"), ("5 0.5 0.5 0.2 0.2", "names class '5', but the classes are 0, 1"),
     ("0.5 0.5 0.5 0.2 0.2", "names class '0.5'"), ("cell 0.5 0.5 0.2 0.2", "names class 'cell'"),
     ("0 50 40 20 20", "outside 0..1"), ("0 -0.1 0.5 0.2 0.2", "outside 0..1"), ("0 nan 0.5 0.2 0.2", "outside 0..1"),
     ("0 x 0.5 0.2 0.2", "outside 0..1"),

@@ -220,7 +220,7 @@ def test_a_quantised_graph_without_a_certificate_may_not_annotate(
     assert records.entries("machine_runs") == [] and all(one.annotations is None for one in state(server).values())
 
 
-def test_evaluation_says_that_tags_are_not_scored(stores: Stores) -> None:
+def test_evaluation_of_tags_needs_tags_and_of_regions_takes_boxes_too(stores: Stores) -> None:
     class Versions:
         """One version with a labelled box in its test split."""
 
@@ -243,9 +243,9 @@ def test_evaluation_says_that_tags_are_not_scored(stores: Stores) -> None:
         "job": Quiet(),
         "open_backend": lambda path: OnnxRuntime(path, threads=1),
     }
-    with pytest.raises(Invalid, match="tags@1 sets tags on whole frames; evaluation scores boxes"):
+    with pytest.raises(Invalid, match="has no tagged frame in its test split, and tags@1 draws tags"):
         evaluate("tags@1", "shapes@0.1.0", "test", **parts)
-    # Of polygons the box around them is scored.
+    # Where people drew boxes only, of polygons the box around them is scored.
     assert evaluate("masks@1", "shapes@0.1.0", "test", **parts).metrics.map_50 == pytest.approx(1)
 
 
