@@ -6,6 +6,7 @@ import fcntl
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from workbench.errors import Invalid, NotFound, Unavailable
 GIT_TIMEOUT_S = 600  # generous: a first clone of a large project over a busy disk
 RECIPE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # What a text value may be made of: nothing that a shell, a path or str.format gives a meaning to.
-_TEXT = re.compile(r"[A-Za-z0-9_.,:+][A-Za-z0-9_.,:+-]{0,199}")
+_TEXT = re.compile(r"[A-Za-z0-9_.,:+][A-Za-z0-9_.,:+@-]{0,199}")
 # Hooks, file-system monitors and the ext transport start programs that a repository names; none is needed here.
 NO_PROGRAMS = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "protocol.ext.allow=never",
                "-c", "gc.auto=0", "-c", "advice.detachedHead=false")
@@ -34,6 +35,7 @@ class Recipe:
     parameters   name -> (type as MLproject writes it, default or None where a value must be given), of entry point main
     uncommitted  files of the recipe in the project folder that differ from the commit; they do not take part
     place        its folder in a repository that is not the project's, "." for the top
+    command      of entry point main, with {parameter} where their values go
     """
 
     name: str
@@ -41,6 +43,7 @@ class Recipe:
     parameters: dict[str, tuple[str, Any]]
     uncommitted: tuple[str, ...] = ()
     place: str = ""
+    command: str = ""
 
     @property
     def folder(self) -> str:
@@ -71,6 +74,17 @@ class Recipe:
         if missing:
             raise Invalid(f"Recipe {self.name} needs a value for {', '.join(missing)}.")
         return values
+
+
+    def command_line(self, arguments: dict[str, str]) -> str:
+        """The shell command that `mlflow run` would run for these arguments (mlflow.projects, EntryPoint.compute_command),
+        whose import alone takes seconds of a core. Raises Invalid when the command names what is no parameter."""
+        values = {name: shlex.quote(str(arguments.get(name, default))) for name, (_, default) in self.parameters.items()}
+        try:
+            return self.command.format(**values)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise Invalid(f"The command of {self.folder}/MLproject cannot be filled in: {error!r}. Declare what stands in "
+                          "braces as a parameter, and write braces of the shell twice.") from error
 
 
 def recipes(project: Path) -> list[str]:
@@ -107,7 +121,8 @@ def read_recipe(project: Path, name: str, commit: str | None = None, place: str 
     is_bare = git(project, "rev-parse", "--is-bare-repository").strip() == "true"
     changed = "" if is_bare else git(project, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all",
                                      "--", f"models/{name}")
-    return Recipe(name, commit, parameters, tuple(entry[3:] for entry in changed.split("\0") if entry), place)
+    return Recipe(name, commit, parameters, tuple(entry[3:] for entry in changed.split("\0") if entry), place,
+                  main["command"])
 
 
 def head(project: Path) -> str:
@@ -200,6 +215,6 @@ def plain(recipe: str, name: str, kind: str, value: Any) -> str:
             raise Invalid(f"Parameter {name} of recipe {recipe} must be a number, got {value!r}.")
         return str(int(number)) if number == int(number) and abs(number) < 1e15 else repr(number)
     if not isinstance(value, str) or not _TEXT.fullmatch(value):
-        raise Invalid(f"Parameter {name} of recipe {recipe} must be a plain word (letters, digits, . , : + - _), got "
+        raise Invalid(f"Parameter {name} of recipe {recipe} must be a plain word (letters, digits, . , : + - _ @), got "
                       f"{value!r}.")
     return value

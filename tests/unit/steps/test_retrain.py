@@ -77,7 +77,7 @@ def test_a_training_is_tracked_registered_and_repeated_for_nothing(bench: Bench,
     assert "WORKBENCH_CVAT_TOKEN" not in said and {"MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "GIT_COMMIT"} < set(said)
     assert (folder / "output/starts.txt").read_text().split()[1] == sha
     assert sorted(file.name for file in folder.iterdir()) == ["card.json", "exit", "lock", "log.txt", "output", "request.json",
-                                                              "trained.json"]
+                                                              "since", "trained.json", "usage.json"]
     assert bench.retrain(version, job, params={"epochs": 3}) == trained
     assert len((folder / "output/starts.txt").read_text().splitlines()) == 1
     assert len(bench.parts["tracker"].versions(name)) == 1
@@ -204,7 +204,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(bench: Bench, 
 
 def test_a_version_without_training_boxes_and_a_project_without_git_are_refused(bench: Bench, tmp_path: Path) -> None:
     version = bench.publish(("val", "test"))
-    with pytest.raises(Invalid, match="no box in its train split"):
+    with pytest.raises(Invalid, match="no label in its train split"):
         bench.retrain(version)
     shutil.copytree(bench.project / "models", tmp_path / "unpacked/models")
     with pytest.raises(Invalid, match="is not a git checkout"):

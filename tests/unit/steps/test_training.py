@@ -82,7 +82,7 @@ def test_a_trainer_gets_no_secret_of_ours(training: Training, tmp_path: Path, mo
 
 def test_credentials_in_addresses_do_not_show_in_the_end_of_the_log(training: Training) -> None:
     training.log.write_text("x\n" * 30 + "GET http://ann:s3cret@mlflow.example/api failed\n")
-    assert training.last_lines().endswith("GET http://***@mlflow.example/api failed")
+    assert training.last_lines().endswith("GET http://mlflow.example/api failed")
     assert len(training.last_lines().splitlines()) == 12
 
 
