@@ -61,10 +61,10 @@ def main() -> None:
 
 def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
     began, chance = time.monotonic(), random.Random(seed)
-    base = Config(home=folder / "mongo", mongo_port=_free_port(), threads=1)
+    base = Config(home=folder / "mongo", mongo_port=free_port(), threads=1)
     pictures = quickstart.generate(folder / "pictures", seed=seed, train=frames + 1, val=0, test=1, unlabeled=frames,
                                    size=(192, 144))
-    with Supervisor(base, parts=("mongod",), on_line=_say) as supervisor, ExitStack() as stack:
+    with Supervisor(base, parts=("mongod",), on_line=say) as supervisor, ExitStack() as stack:
         supervisor.wait_ready()
         left_alone = Workbench(replace(base, home=folder / "left-alone", mongo_url=base.mongo))
         disturbed = Workbench(replace(base, home=folder / "disturbed", mongo_url=base.mongo))
@@ -97,12 +97,12 @@ def run(folder: Path, kills: int, frames: int, seed: int) -> dict[str, Any]:
             missing, extra = expected["counted"] - found["counted"], found["counted"] - expected["counted"]
             lost, doubled, rounds = lost + missing.total(), doubled + extra.total(), rounds + 1
             identical = identical and found == expected
-            _say(f"round {rounds} ({', '.join(f'{kind} {seconds:.1f} s' for kind, seconds in takes.items())} undisturbed): "
+            say(f"round {rounds} ({', '.join(f'{kind} {seconds:.1f} s' for kind, seconds in takes.items())} undisturbed): "
                  f"{moments.total()} kills, {'identical' if found == expected else 'DIFFERENT'}, "
                  f"{time.monotonic() - began:.0f} s")
             for name in expected:
                 if found[name] != expected[name] and name != "counted":
-                    _say(f"  {name}: expected {str(expected[name])[:500]}, found {str(found[name])[:500]}")
+                    say(f"  {name}: expected {str(expected[name])[:500]}, found {str(found[name])[:500]}")
         boxes = sum(1 for what in expected["counted"].elements() if what.startswith("box "))
     return {"kills": moments.total(), "identical": identical, "lost": lost, "doubled": doubled, "rounds": rounds,
             "boxes_a_round": boxes, "by_moment": dict(sorted(moments.items())), "seconds": round(time.monotonic() - began, 1)}
@@ -246,13 +246,13 @@ def _add_detector(workbench: Workbench, folder: Path) -> None:
     workbench.models.register(card, folder)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

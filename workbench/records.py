@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -35,7 +37,7 @@ def _ledger(name: str) -> sa.Table:
 
 LEDGERS = {name: _ledger(name) for name in ("reviews", "machine_runs", "promotions", "deployments", "uploads",
                                              "certificates", "cvat_deployments", "pulls", "cvat_reviews",
-                                             "notifications")}
+                                             "notifications", "redeployments", "drift", "retrain_rules", "retrain_events")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Records:
     def __init__(self, url: str, clock: Callable[[], float] = lambda: datetime.now(timezone.utc).timestamp()) -> None:
         self.engine = open_database(url)
         self._clock = clock
-        metadata.create_all(self.engine, checkfirst=True)
+        with alone(self.engine) as connection:
+            metadata.create_all(connection)
 
     def lease(self, dataset: str, frame: str, holder: str, lease_s: float = LEASE_S) -> None:
         """Takes or renews a frame for one holder. Raises Conflict while somebody else holds it."""
@@ -125,9 +128,20 @@ class Records:
         return entries[0].subject if entries else None
 
 
+@contextmanager
+def alone(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that only one process has at a time."""
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            # SQLite's transactions begin with the write lock (open_database); Postgres has to be asked.
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7467201)"))
+        yield connection
+
+
 def open_database(url: str) -> sa.Engine:
     """An engine that several processes may share: SQLite waits for its writers instead of failing."""
-    engine = sa.create_engine(url, pool_pre_ping=True)
+    # Of SQLAlchemy's drivers of Postgres, psycopg is the one that is installed.
+    engine = sa.create_engine(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url), pool_pre_ping=True)
     if engine.dialect.name == "sqlite":
         @sa.event.listens_for(engine, "connect")
         def _set_up(connection: Any, _: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
 from workbench.config import Config
 from workbench.errors import Conflict, Invalid, NotFound, Unavailable
-from workbench.jobs import Jobs, tables
+from workbench.jobs import Jobs, QueueFull, tables
 from workbench.jobs import worker as module
 from workbench.records import open_database
 
@@ -77,6 +79,32 @@ def test_a_key_with_other_arguments_is_refused(jobs: Jobs) -> None:
     jobs.submit("count", {"n": 3}, person="ada", key="form 1")
     with pytest.raises(Conflict, match="other arguments"):
         jobs.submit("count", {"n": 4}, person="ada", key="form 1")
+
+
+def test_a_queue_with_a_limit_takes_no_more_than_that_from_many_at_once(home: Path, jobs: Jobs) -> None:
+    jobs.prepare()
+    others, said = [open_jobs(home) for _ in range(8)], []
+
+    def submit(number: int) -> None:
+        for request in range(3):
+            try:
+                said.append(others[number].submit("retrain", {}, person="ada", key=f"{number} {request}", most_queued=5))
+            except QueueFull as error:
+                said.append(str(error))
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert jobs.counts() == {("retrain", "queued"): 5} and len(said) == 24
+    assert said.count("5 retrain jobs wait already. Submit it again when one has begun.") == 19
+    queued = jobs.list()[0]
+    # What waits already is the same job also when the queue is full, and other kinds have their own.
+    key = next(f"{number} {request}" for number in range(8) for request in range(3)
+               if (there := jobs.find("retrain", f"{number} {request}")) and there.id == queued.id)
+    assert jobs.submit("retrain", {}, person="ada", key=key, most_queued=5) == queued.id
+    jobs.submit("count", {}, person="ada", most_queued=1)
 
 
 @pytest.mark.parametrize("args", [{"frames": {1, 2}}, {"x": float("nan")}, {"path": Path("a")}])
@@ -249,13 +277,93 @@ def test_deaths_with_progress_in_between_are_forgiven(jobs: Jobs) -> None:
 
 
 def test_a_worker_on_another_machine_is_dead_only_after_a_long_silence(jobs: Jobs) -> None:
-    worker = _offline_worker(jobs)
+    clock = _Clock()
+    worker = _offline_worker(jobs, dead_s=30, clock=clock)
     row = _Row(id="theirs", machine="another machine", pid=1, pid_started=0.0, beat=1.0)
-    assert not worker._is_dead(row) and not worker._is_dead(row)
-    worker._beats["theirs"] = (1.0, time.monotonic() - tables.DEAD_AFTER_S - 1)
+    assert not worker._is_dead(row)
+    clock.at += 29
+    assert not worker._is_dead(row)
+    clock.at += 2
     assert worker._is_dead(row)
     # It beats again: alive, whatever its clock says.
     assert not worker._is_dead(_Row(id="theirs", machine="another machine", pid=1, pid_started=0.0, beat=0.5))
+
+
+def test_the_reaper_strikes_off_only_whom_it_has_watched_being_silent(jobs: Jobs) -> None:
+    clock = _Clock()
+    reaper = _offline_worker(jobs, dead_s=30, clock=clock, client=_NoWorkflows())
+    with jobs._engine.begin() as connection:
+        connection.execute(tables.workers.insert(), [
+            {"id": name, "machine": "another machine", "pid": 1, "pid_started": 0.0, "beat": 1.0}
+            for name in ("silent", "beating")])
+
+    def after(seconds: int) -> list[str]:
+        for second in range(seconds):
+            clock.at += 1
+            with jobs._engine.begin() as connection:
+                connection.execute(tables.workers.update().where(tables.workers.c.id == "beating").values(beat=clock.at))
+            reaper._adopt()
+        with jobs._engine.connect() as connection:
+            return sorted(connection.execute(sa.select(tables.workers.c.id)).scalars())
+
+    assert after(20) == ["beating", "silent"]
+    clock.at += 60  # without the database nobody could beat, and nobody look: that counts for nothing
+    assert after(30) == ["beating", "silent"]
+    assert after(2) == ["beating"]
+
+
+def test_what_a_dead_worker_left_running_is_ended_where_its_job_may_go_elsewhere(jobs: Jobs) -> None:
+    ids = {name: jobs.submit("retrain", {}, person="ada") for name in ("ours", "fallen's", "theirs", "cancelled")}
+    stray: dict[str, bool] = {}
+    ask = lambda is_stray: stray.update({name: is_stray(job_id) for name, job_id in {**ids, "unknown": "no-job"}.items()})
+    worker = _offline_worker(jobs, end_here=ask)
+    holder = {"ours": worker.id, "fallen's": "fallen", "theirs": "far", "cancelled": "fallen"}
+    at = {"pid": os.getpid(), "pid_started": psutil.Process().create_time(), "beat": 1.0}
+    with jobs._engine.begin() as connection:
+        connection.execute(tables.workers.insert(), {"id": worker.id, "machine": "here", **at})
+        for name, job_id in ids.items():
+            connection.execute(tables.jobs.update().where(tables.jobs.c.id == job_id).values(
+                worker=holder[name], state="cancelled" if name == "cancelled" else "running"))
+    worker._end_strays()
+    # Nobody else could take it: it is found and followed further.
+    assert stray == {"ours": False, "fallen's": False, "theirs": False, "cancelled": True, "unknown": False}
+    with jobs._engine.begin() as connection:
+        connection.execute(tables.workers.insert(), {"id": "far", "machine": "another machine", **at})
+    worker._end_strays()
+    assert stray == {"ours": False, "fallen's": True, "theirs": True, "cancelled": True, "unknown": False}
+
+
+@pytest.mark.parametrize("kind, args, expected", [
+    ("upload", {}, "cpu"), ("annotate", {"gpu": True}, "cpu"), ("retrain", {}, "train"), ("sweep", {"gpu": False}, "train"),
+    ("retrain", {"gpu": True}, "gpu"), ("rerun", {"gpu": True}, "gpu"), ("retrain", {"gpu": "yes"}, "train")])
+def test_a_training_that_asks_for_a_gpu_waits_in_a_lane_of_its_own(kind: str, args: dict, expected: str) -> None:
+    assert tables.lane(kind, args) == expected
+
+
+def test_a_worker_serves_the_lanes_it_is_told_to_and_refuses_others(home: Path) -> None:
+    assert tables.lanes_of("gpu, train gpu") == ("gpu", "train")
+    assert {"cpu", "train"} <= set(tables.lanes_of(""))
+    for wrong, message in (({"worker_lanes": "cpu, tpu"}, "names tpu; there are cpu, train, gpu"),
+                           ({"worker_dead_s": 0}, "worker_dead_s must be at least 2, is 0")):
+        config = Config(home=home, **wrong)
+        with pytest.raises(Invalid, match=message):
+            Jobs(config, open_database(config.database)).work({})
+
+
+def test_a_machine_is_told_from_others_of_its_name_by_its_boot() -> None:
+    assert tables.machine("host-a") != tables.machine("host-b") and tables.machine("host-a").startswith("host-a ")
+    assert Path("/proc/sys/kernel/random/boot_id").read_text()[:8] in tables.machine()
+
+
+def test_a_database_that_does_not_answer_for_a_moment_fails_no_job(jobs: Jobs) -> None:
+    worker, calls = _offline_worker(jobs), []
+
+    def write(connection: sa.Connection) -> str:
+        calls.append(connection)
+        if len(calls) == 1:
+            raise sa.exc.OperationalError("UPDATE jobs", {}, ConnectionError("server closed the connection"))
+        return "written"
+    assert worker.write(write) == "written" and len(calls) == 2
 
 
 def test_progress_is_written_a_few_times_a_second_and_the_last_one_always(jobs: Jobs) -> None:
@@ -312,11 +420,24 @@ def test_twenty_kills_during_annotate_and_version_change_nothing() -> None:
     assert {"annotate", "version"} <= figures["by_moment"].keys() and figures["boxes_a_round"] > 50
 
 
+class _Clock:
+    at = 1000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+class _NoWorkflows:
+    def list_workflows(self, **_: object) -> list[object]:
+        return []
+
+
 class _Row:
     def __init__(self, **columns: object) -> None:
         self.__dict__.update(columns)
 
 
-def _offline_worker(jobs: Jobs) -> module.WorkerProcess:
-    return module.WorkerProcess(jobs._engine, "", {}, 1, threading.Event(), None, lambda *_: None)
+def _offline_worker(jobs: Jobs, client: object = None, **changed: object) -> module.WorkerProcess:
+    options = {"lanes": tables.LANES, "machine": "here", "dead_s": 30, **changed}
+    return module.WorkerProcess(jobs._engine, "", {}, 1, threading.Event(), client, lambda *_: None, **options)
 

@@ -23,15 +23,16 @@ import sqlalchemy as sa
 
 from workbench.config import Config
 from workbench.errors import Conflict, Invalid, NotFound, Unavailable
-from workbench.jobs.tables import (APPLICATION, DEAD_AFTER_S, STATES, WORKFLOW, alone, has_process, items, jobs, lane,
-                                   log, machine, metadata, workers)
+from workbench.jobs.tables import (APPLICATION, STATES, WORKFLOW, database_time, has_process, items, jobs, lane,
+                                   lanes_of, log, machine, metadata, workers)
 from workbench.ports import Job
-from workbench.records import now
+from workbench.records import alone, now
 
 LOOK_S = 0.2  # how often somebody who waits looks
 
 # Each gets the job's arguments, with the "person" who asked unless they name another.
 Kinds = dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]]
+EndHere = Callable[[Callable[[str], bool]], None]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class JobStatus:
         return self.state in ("done", "failed", "cancelled")
 
 
+class QueueFull(Unavailable):
+    """As many jobs of a kind wait as may."""
+
+
 def _keyed(kind: str, key: str) -> str:
     return hashlib.sha256(f"{kind}\0{key}".encode()).hexdigest()[:16]
 
@@ -81,17 +86,21 @@ class Jobs:
     """
 
     def __init__(self, config: Config, engine: sa.Engine) -> None:
-        self._engine = engine
+        self._engine, self._config = engine, config
+        self._machine = machine(config.machine_name)
         is_postgres = config.database_url.startswith("postgres")
         self._queue_file = None if is_postgres else config.home / "jobs.sqlite"
-        self._queue_url = config.database_url if is_postgres else f"sqlite:///{self._queue_file}"
+        self._queue_url = (engine.url.render_as_string(hide_password=False) if is_postgres
+                           else f"sqlite:///{self._queue_file}")
         with alone(engine) as connection:
             metadata.create_all(connection)
 
-    def submit(self, kind: str, args: dict[str, Any], *, person: str, key: str | None = None) -> str:
+    def submit(self, kind: str, args: dict[str, Any], *, person: str, key: str | None = None,
+               most_queued: int | None = None) -> str:
         """Queues a job and returns its id; the same kind and `key` again is the same job, whatever became of it.
 
-        Raises Invalid when `args` is not JSON, Conflict when the key was used with other arguments.
+        Raises Invalid when `args` is not JSON, Conflict when the key was used with other arguments, QueueFull when
+        `most_queued` jobs of that kind wait already, however many processes submit at once.
         """
         try:
             text = json.dumps(args, sort_keys=True, allow_nan=False)
@@ -100,14 +109,19 @@ class Jobs:
         job_id = _keyed(kind, key) if key else uuid.uuid4().hex[:16]
         row = {"id": job_id, "kind": kind, "args": text, "person": person, "state": "queued", "created_at": now()}
         try:
-            with self._engine.begin() as connection:
+            with self._engine.begin() if most_queued is None else alone(self._engine) as connection:
+                if most_queued is not None:
+                    waiting = set(connection.execute(sa.select(jobs.c.id).where(
+                        sa.or_(jobs.c.id == job_id, sa.and_(jobs.c.kind == kind, jobs.c.state == "queued")))).scalars())
+                    if job_id not in waiting and len(waiting) >= most_queued:
+                        raise QueueFull(f"{most_queued} {kind} jobs wait already. Submit it again when one has begun.")
                 connection.execute(jobs.insert(), row)
         except sa.exc.IntegrityError:
             there = self.get(job_id)
             if json.dumps(there.args, sort_keys=True) != text:
                 raise Conflict(f"Key {key!r} already stands for {kind} job {job_id} with other arguments. "
                                "Use another key for another request.") from None
-        self._enqueue(job_id, kind)
+        self._enqueue(job_id, lane(kind, args))
         return job_id
 
     def find(self, kind: str, key: str) -> JobStatus | None:
@@ -172,23 +186,31 @@ class Jobs:
     def workers(self) -> list[Worker]:
         """The workers that live: by process id on this machine, by a fresh beat on others."""
         with self._engine.connect() as connection:
-            rows = list(connection.execute(sa.select(workers)))
+            rows, at = list(connection.execute(sa.select(workers))), database_time(connection)
         return [Worker(row.id, row.machine, row.pid) for row in rows
-                if (has_process(row) if row.machine == machine() else time.time() - row.beat < DEAD_AFTER_S)]
+                if (has_process(row) if row.machine == self._machine else at - row.beat < self._config.worker_dead_s)]
 
-    def work(self, kinds: Kinds, concurrency: int = 1, stop: threading.Event | None = None) -> None:
-        """Runs jobs in this process until SIGTERM, SIGINT or `stop`; `concurrency` is per lane.
+    def work(self, kinds: Kinds, concurrency: int = 1, stop: threading.Event | None = None,
+             end_here: EndHere = lambda is_stray: None) -> None:
+        """Runs jobs of the lanes in the setting worker_lanes in this process until SIGTERM, SIGINT or `stop`;
+        `concurrency` is per lane.
+
+        end_here  ends the processes that jobs have left on this machine, of those ids that it is given a test for: when
+                  a worker of another machine may be at them
 
         A running step is asked to stop at its next check and is repeated by the next worker. One that does not within
         STOP_S is left behind in its thread: end the process with os._exit then, as after a kill.
         """
-        stop = stop or threading.Event()
+        stop, lanes = stop or threading.Event(), lanes_of(self._config.worker_lanes)
+        if self._config.worker_dead_s < 2:
+            raise Invalid(f"Setting worker_dead_s must be at least 2, is {self._config.worker_dead_s}.")
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: stop.set())
         from workbench.jobs.worker import WorkerProcess
         self._prepare_queue()
-        WorkerProcess(self._engine, self._queue_url, kinds, concurrency, stop, self._client, self._enqueue).run()
+        WorkerProcess(self._engine, self._queue_url, kinds, concurrency, stop, self._client, self._enqueue, lanes=lanes,
+                      machine=self._machine, dead_s=self._config.worker_dead_s, end_here=end_here).run()
 
     def _read(self, condition: Any, limit: int) -> list[JobStatus]:
         failed = sa.select(sa.func.count()).where(items.c.job == jobs.c.id).scalar_subquery()
@@ -204,9 +226,9 @@ class Jobs:
         """What the first submission would wait a second for: the queue's tables and its library."""
         _ = self._client
 
-    def _enqueue(self, job_id: str, kind: str) -> None:
+    def _enqueue(self, job_id: str, queue: str) -> None:
         """Hands the job to DBOS; a job it has is left alone."""
-        self._client.enqueue({"workflow_name": WORKFLOW, "queue_name": lane(kind), "workflow_id": job_id,
+        self._client.enqueue({"workflow_name": WORKFLOW, "queue_name": queue, "workflow_id": job_id,
                               "serialization_type": self._json}, job_id)
 
     @cached_property

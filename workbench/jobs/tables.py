@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import sqlalchemy as sa
 
+from workbench.errors import Invalid
 from workbench.records import now
 
 # Constant: with DBOS's default (a hash of the code) every new release would orphan the jobs of the one before.
 APPLICATION, VERSION, WORKFLOW = "workbench", "1", "run_job"
-# A training must not keep uploads waiting: one lane each, each worker runs one job of a lane at a time.
-LANES = ("cpu", "train")
-TRAIN_KINDS = ("retrain",)
+# A training must not keep uploads waiting: one lane each, each worker runs one job of a lane at a time. In "gpu" wait
+# the trainings that asked for one.
+LANES = ("cpu", "train", "gpu")
+TRAIN_KINDS = ("retrain", "rerun", "sweep")
 STATES = ("queued", "running", "done", "failed", "cancelled")
-DEAD_AFTER_S = 30   # silence after which a worker on another machine counts as dead; here its process id decides
+NVIDIA = Path("/dev/nvidiactl")  # is there exactly where a driver has found a card
 
 metadata = sa.MetaData()
 jobs = sa.Table(
@@ -52,28 +54,42 @@ workers = sa.Table(
     sa.Column("beat", sa.Float, nullable=False))
 
 
-@contextmanager
-def alone(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction that only one process has at a time."""
-    with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            # SQLite's transactions begin with the write lock (records.open_database); Postgres has to be asked.
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(7467201)"))
-        yield connection
+def lane(kind: str, args: dict[str, Any]) -> str:
+    """The queue that a job waits in; `args` with "gpu": true asks for a machine with one, for a training only."""
+    if kind not in TRAIN_KINDS:
+        return "cpu"
+    return "gpu" if args.get("gpu") is True else "train"
 
 
-def lane(kind: str | None) -> str:
-    return "train" if kind in TRAIN_KINDS else "cpu"
+def lanes_of(setting: str) -> tuple[str, ...]:
+    """The lanes that a worker serves, of the setting worker_lanes; empty: all that this machine can. Raises Invalid."""
+    named = tuple(dict.fromkeys(name for name in re.split(r"[,\s]+", setting) if name))
+    unknown = [name for name in named if name not in LANES]
+    if unknown:
+        raise Invalid(f"Setting worker_lanes names {', '.join(unknown)}; there are {', '.join(LANES)}.")
+    return named or tuple(name for name in LANES if name != "gpu" or NVIDIA.exists())
 
 
 def write_log(connection: sa.Connection, job_id: str, text: str) -> None:
     connection.execute(log.insert(), {"job": job_id, "at": now(), "text": text})
 
 
-def machine() -> str:
-    """Where a process id means something: host name and process namespace (containers may share the first)."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {os.readlink(namespace) if namespace.exists() else ''}".strip()
+def database_time(connection: sa.Connection) -> float:
+    """Seconds since the epoch by the one clock that all processes share: the clocks of two machines need not agree."""
+    if connection.engine.dialect.name == "postgresql":
+        return float(connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())")))
+    return time.time()
+
+
+def machine(name: str = "") -> str:
+    """Where a process id means something. name: the setting machine_name, instead of the host's.
+
+    Two hosts made of one image may have one name, and the first process namespace has the same number everywhere: the
+    boot tells them apart. Containers of one host share it: the namespace does.
+    """
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return " ".join([name or socket.gethostname(), *([boot.read_text()[:8]] if boot.exists() else []),
+                     *([os.readlink(namespace)] if namespace.exists() else [])])
 
 
 def has_process(row: Any) -> bool:

@@ -16,14 +16,15 @@ import psutil
 import sqlalchemy as sa
 
 from workbench.errors import Cancelled, Invalid, WorkbenchError
-from workbench.jobs.tables import (APPLICATION, DEAD_AFTER_S, LANES, VERSION, WORKFLOW, alone, has_process, items, jobs,
-                                   lane, machine, workers, write_log)
+from workbench.jobs.tables import (APPLICATION, LANES, VERSION, WORKFLOW, database_time, has_process, items, jobs, lane,
+                                   workers, write_log)
 from workbench.ports import Job
-from workbench.records import now
+from workbench.records import alone, now
 
 PULSE_S = 0.2       # how often progress is written and "has anybody cancelled?" is asked
 POLL_S = 0.5        # how often a worker looks into its lanes; more often costs an idle worker 3 % of a core
 BEAT_S = 1.0        # how often a worker says that it lives, and looks for jobs of dead ones
+SILENT = 2 / 3      # share of the silence that makes a worker dead after which it ends by itself, trainings too
 STOP_S = 5          # how long steps may take to stop at their next check when the worker is asked to end
 MAX_DEATHS = 20     # deaths in a row without progress after which a job is given up: it is what kills its workers
 
@@ -47,17 +48,17 @@ class RunningJob:
         self._progress = (int(done), int(total), str(note))
 
     def fail_item(self, item: str, reason: str) -> None:
-        with self._worker.engine.begin() as connection:
+        def write(connection: sa.Connection) -> None:
             mine = sa.and_(items.c.job == self.id, items.c.item == item[:512])
             connection.execute(items.delete().where(mine))
             connection.execute(items.insert(), {"job": self.id, "item": item[:512], "reason": reason})
+        self._worker.write(write)
 
     def log(self, text: str) -> None:
-        with self._worker.engine.begin() as connection:
-            write_log(connection, self.id, text)
+        self._worker.write(lambda connection: write_log(connection, self.id, text))
 
     def check(self) -> None:
-        if self._worker.stop.is_set():
+        if self._worker.stop.is_set() or self._worker.has_given_up.is_set():
             raise _Stopping
         if self.is_cancelled:
             raise Cancelled(f"Job {self.id} was cancelled.")
@@ -69,17 +70,29 @@ class RunningJob:
 
 
 class WorkerProcess:
-    """One process's part in the queue: a DBOS executor, a pulse, and the search for jobs of dead workers."""
+    """One process's part in the queue: a DBOS executor, a pulse, and the search for jobs of dead workers.
+
+    enqueue   hands a job to a lane
+    machine   where a process id means something; workers elsewhere are judged by their beats
+    dead_s    silence after which a worker on another machine counts as dead; the same for all workers of a database
+    end_here  Jobs.work has it
+    clock     seconds that only go forward
+    """
 
     def __init__(self, engine: sa.Engine, queue_url: str,
                  kinds: dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]],
-                 concurrency: int, stop: threading.Event, client: Any, enqueue: Callable[[str, str], None]) -> None:
-        self.engine, self.stop = engine, stop
+                 concurrency: int, stop: threading.Event, client: Any, enqueue: Callable[[str, str], None], *,
+                 lanes: tuple[str, ...], machine: str, dead_s: float,
+                 end_here: Callable[[Callable[[str], bool]], None] = lambda is_stray: None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine, self.stop, self.has_given_up = engine, stop, threading.Event()
         self.id = uuid.uuid4().hex
-        self._queue_url, self._kinds, self._concurrency = queue_url, kinds, concurrency
-        self._client, self._enqueue = client, enqueue
+        self._queue_url, self._kinds, self._concurrency, self._lanes = queue_url, kinds, concurrency, lanes
+        self._client, self._enqueue, self._end_here = client, enqueue, end_here
+        self._machine, self._dead_s, self._clock = machine, dead_s, clock
         self._running: dict[str, RunningJob] = {}
         self._beats: dict[str, tuple[float, float]] = {}
+        self._beaten = self._looked = clock()
 
     def run(self) -> None:
         from dbos import DBOS, WorkflowSerializationFormat
@@ -90,25 +103,31 @@ class WorkerProcess:
         def run_job(job_id: str) -> None:
             self._run_job(job_id)
 
+        self._end_strays()
         with self.engine.begin() as connection:
             connection.execute(workers.insert(), {
-                "id": self.id, "machine": machine(), "pid": os.getpid(), "beat": time.time(),
+                "id": self.id, "machine": self._machine, "pid": os.getpid(), "beat": database_time(connection),
                 "pid_started": psutil.Process().create_time()})
         # Before this worker takes anything: a job that was interrupted goes on before those that were queued after it.
         self._adopt()
+        DBOS.listen_queues(self._lanes)
         DBOS.launch()
         for name in LANES:
             DBOS.register_queue(name, worker_concurrency=self._concurrency, polling_interval_sec=POLL_S,
                                 on_conflict="always_update")
-        logger.info("worker %s takes %s jobs", self.id, ", ".join(sorted(self._kinds)))
-        beaten = time.monotonic()
+        logger.info("worker %s takes %s jobs of the lanes %s", self.id, ", ".join(sorted(self._kinds)),
+                    ", ".join(self._lanes))
+        self._beat()
+        if self.engine.dialect.name == "postgresql":
+            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        looked = self._clock()
         while not self.stop.wait(PULSE_S):
             try:
                 self._pulse()
-                if time.monotonic() - beaten >= BEAT_S:
+                if self._clock() - looked >= BEAT_S:
                     self._beat()
                     self._adopt()
-                    beaten = time.monotonic()
+                    looked = self._clock()
             except sa.exc.SQLAlchemyError:
                 logger.exception("the database does not answer; trying again")
         self._end()
@@ -154,8 +173,8 @@ class WorkerProcess:
 
     def _start(self, job_id: str) -> Any:
         """Takes the job and returns its row, or None when there is nothing left to do."""
-        with self.engine.begin() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+        def take(connection: sa.Connection) -> Any:
+            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
             if row is None or row.state not in ("queued", "running"):
                 return None
             values: dict[str, Any] = {"state": "running", "worker": self.id, "started_at": row.started_at or now(),
@@ -168,20 +187,24 @@ class WorkerProcess:
                            f"{MAX_DEATHS} workers died in a row while doing this job, without progress. Free memory "
                            "or look into the worker's log, then submit it again."}
             connection.execute(jobs.update().where(jobs.c.id == job_id).values(**values))
-        return row if values["state"] == "running" else None
+            return row if values["state"] == "running" else None
+        return self.write(take)
 
     def _finish(self, job: RunningJob, ending: dict[str, Any]) -> None:
         if ending["state"] != "queued":
             ending["finished_at"] = now()
         values = {**ending, **job.take_progress()}
+        self.write(lambda connection: connection.execute(jobs.update().where(
+            jobs.c.id == job.id, jobs.c.worker == self.id, jobs.c.state == "running").values(**values)))
+
+    def write(self, write: Callable[[sa.Connection], Any]) -> Any:
+        """One transaction, again until the database answers: what a database misses for a moment fails no job."""
         while True:
             try:
                 with self.engine.begin() as connection:
-                    connection.execute(jobs.update().where(jobs.c.id == job.id, jobs.c.worker == self.id,
-                                                           jobs.c.state == "running").values(**values))
-                return
+                    return write(connection)
             except sa.exc.OperationalError:
-                logger.exception("cannot write the end of job %s yet; trying again", job.id)
+                logger.exception("the database does not answer; trying again")
                 time.sleep(1)
 
     def _pulse(self) -> None:
@@ -199,44 +222,84 @@ class WorkerProcess:
                 running[row.id].is_cancelled = True
 
     def _beat(self) -> None:
+        began = self._clock()
         with self.engine.begin() as connection:
-            me = connection.execute(workers.update().where(workers.c.id == self.id).values(beat=time.time()))
+            beat = database_time(connection)
+            me = connection.execute(workers.update().where(workers.c.id == self.id).values(beat=beat))
         if not me.rowcount:
             # Another worker took this one for dead and its jobs with it: to go on would run them twice.
-            logger.critical("worker %s was silent for over %s s and its jobs were given away", self.id, DEAD_AFTER_S)
-            os._exit(70)
+            self._give_up("its jobs were given away")
+        self._beaten = began
+
+    def _watch(self) -> None:
+        """Ends this worker while its jobs are still its own: cut off from the database it would not see them taken."""
+        while not self.stop.wait(0.5):
+            if self._clock() - self._beaten > SILENT * self._dead_s:
+                self._give_up("it ends before others take its jobs")
+
+    def _give_up(self, why: str) -> None:
+        logger.critical("worker %s was silent for %.0f s; %s", self.id, self._clock() - self._beaten, why)
+        self.has_given_up.set()
+        self._end_here(set(self._running).__contains__)
+        os._exit(70)
+
+    def _end_strays(self) -> None:
+        """Ends what dead workers of this machine have left running, unless the job is sure to go on here."""
+        with self.engine.connect() as connection:
+            living = [row for row in connection.execute(sa.select(workers)) if not self._is_dead(row)]
+        here = [row.id for row in living if row.machine == self._machine]
+        may_go_elsewhere = len(here) < len(living)
+
+        def is_stray(job_id: str) -> bool:
+            with self.engine.connect() as connection:
+                query = sa.select(jobs.c.state, jobs.c.worker).where(jobs.c.id == job_id)
+                row = connection.execute(query).one_or_none()
+            if row is None or row.state == "running" and row.worker in here:
+                return False
+            return may_go_elsewhere or row.state not in ("queued", "running")
+        self._end_here(is_stray)
 
     def _adopt(self) -> None:
         """Strikes dead workers off and queues the jobs that no living worker has.
 
         Under one lock for all workers: two that resumed the same job one after the other would run it twice.
         """
+        if self._clock() - self._looked > self._dead_s / 2:
+            # Who has not looked has not seen others beat either, as after a moment without the database.
+            self._beats.clear()
+        self._looked = self._clock()
+        with self.engine.connect() as connection:
+            fallen = [row for row in connection.execute(sa.select(workers)) if self._is_dead(row)]
+        if any(row.machine == self._machine for row in fallen):
+            self._end_strays()
         with alone(self.engine) as connection:
             dead = [row.id for row in connection.execute(sa.select(workers)) if self._is_dead(row)]
             connection.execute(workers.delete().where(workers.c.id.in_(dead)))
             living = set(connection.execute(sa.select(workers.c.id)).scalars())
             for workflow in self._client.list_workflows(status="PENDING", load_input=False, load_output=False):
                 if workflow.executor_id not in living:
-                    kind = connection.execute(sa.select(jobs.c.kind).where(jobs.c.id == workflow.workflow_id)).scalar()
-                    self._client.resume_workflow(workflow.workflow_id, queue_name=lane(kind))
+                    row = connection.execute(sa.select(jobs).where(jobs.c.id == workflow.workflow_id)).one_or_none()
+                    if row is None:
+                        continue
+                    self._client.resume_workflow(workflow.workflow_id, queue_name=lane(row.kind, json.loads(row.args)))
             # A process may have died between writing our row and handing it to DBOS.
-            queued = list(connection.execute(sa.select(jobs.c.id, jobs.c.kind).where(jobs.c.state == "queued")))
+            queued = list(connection.execute(sa.select(jobs).where(jobs.c.state == "queued")))
         known = {one.workflow_id for one in self._client.list_workflows(
             workflow_ids=[row.id for row in queued], load_input=False, load_output=False)} if queued else set()
         for row in queued:
             if row.id not in known:
-                self._enqueue(row.id, row.kind)
+                self._enqueue(row.id, lane(row.kind, json.loads(row.args)))
 
     def _is_dead(self, row: Any) -> bool:
         if row.id == self.id:
             return False
-        if row.machine == machine() and not psutil.pid_exists(row.pid):
+        if row.machine == self._machine and not psutil.pid_exists(row.pid):
             return True
-        if row.machine == machine() and has_process(row):
+        if row.machine == self._machine and has_process(row):
             return False
         # By our own clock, since when the beat has not moved: clocks of two machines need not agree.
         beat, since = self._beats.get(row.id, (None, 0.0))
         if beat != row.beat:
-            self._beats[row.id] = (row.beat, time.monotonic())
+            self._beats[row.id] = (row.beat, self._clock())
             return False
-        return time.monotonic() - since > DEAD_AFTER_S
+        return self._clock() - since > self._dead_s
