@@ -1,0 +1,310 @@
+"""Side by side: the trials of one sweep while they run, as many at once as the machine holds."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from workbench.blobs import Blobs
+from workbench.capacity import LEAST_BYTES, free_memory, memory_of, slots, visible_gpus
+from workbench.dataset import DatasetVersion, Manifest
+from workbench.errors import Cancelled, Invalid, Unavailable
+from workbench.ports import Job, ModelStore, Search, Tracker
+from workbench.recipe import Recipe, discard
+from workbench.steps.facts import keep
+from workbench.steps.limits import MIB, Limits
+from workbench.steps.retrain import arguments_for, start
+from workbench.steps.trained import log_epochs, results
+from workbench.steps.training import Training
+from workbench.steps.trials import Ends, Left, Trial, Watch, curve, folder_of, read_trials, trim, value_of, write_trial
+
+POLL_S = 0.25
+TELL_S = 2.0
+# So many failures before anything went well are no bad luck.
+FAILURES_AT_FIRST = 8
+# A tracker that is away for longer than this ends the sweep.
+PATIENCE_S, AGAIN_S = 600, 5
+# What PyTorch's and NumPy's libraries are told about threads.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+RUN_STATUS = {"complete": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "stopped": "KILLED"}
+WHY_STOPPED = {"time": "The sweep's time was over.", "cancelled": "The sweep was cancelled.",
+               "failed": "The sweep failed."}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep have in common.
+
+    fixed    parameters that are not searched for
+    project  git repository the recipe is checked out from, by way of a mirror in `mirrors`
+    run_id   the sweep's own run, of which theirs are part
+    most     trials at once; need: bytes one needs, until it is measured; cores: threads of all together
+    environment, limits, secrets  of each training, as in retrain
+    facts    what `rerun` has to know of each run (steps/facts), besides its parameters
+    """
+
+    recipe: Recipe
+    fixed: dict[str, Any]
+    name: str
+    base_model: str | None
+    project: Path
+    mirrors: Path
+    version: DatasetVersion
+    manifest: Manifest
+    experiment: str
+    run_id: str
+    metric: str
+    is_maximized: bool
+    trials: int
+    time_limit_s: float
+    most: int
+    need: int
+    cores: int
+    environment: str
+    limits: Limits
+    secrets: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+class SideBySide:
+    """This worker's threads, one for each training process it follows.
+
+    trials  all of the sweep, by number, as they are recorded
+    spent   seconds, all workers' together
+    """
+
+    def __init__(self, whole: Training, shared: Shared, search: Search, job: Job, *, tracker: Tracker,
+                 models: ModelStore, blobs: Blobs) -> None:
+        self._whole, self._shared, self._search, self._job = whole, shared, search, job
+        self._tracker, self._models, self._blobs = tracker, models, blobs
+        self._gpus, self._slots = visible_gpus(), None
+        self._lock = threading.RLock()
+        self._order = ""  # a key of WHY_STOPPED, or "leave", once the running trials are to end
+        self.trials = read_trials(whole.folder)
+        self.spent: float = (whole.read("now.json") or {}).get("spent_s", 0.0)
+
+    def run(self) -> None:
+        """Returns when no trial is left to run. Raises what ended it before, with no thread left."""
+        self._remember()
+        # What is there for all trials together, those that already run included.
+        self._memory = free_memory() + sum(memory_of(self._training(one).processes()) for one in self.trials
+                                           if one.state == "running")
+        pool = ThreadPoolExecutor(self._shared.trials, thread_name_prefix="trial")
+        running: dict[Future[None], int] = {}
+        began, told, limit = time.monotonic() - self.spent, 0.0, self._shared.time_limit_s
+        try:
+            # Those of an earlier worker first: still running, or decided but not yet settled.
+            for trial in [one for one in self.trials if not one.is_settled]:
+                running[pool.submit(self._follow, trial.number)] = trial.number
+            while True:
+                self._job.check()
+                self.spent = time.monotonic() - began
+                if time.monotonic() - told > TELL_S:
+                    self._tell()
+                    told = time.monotonic()
+                if limit and self.spent >= limit and not self._order:
+                    self._job.log(f"The sweep's {limit:g} s are over; trials that run are ended.")
+                    self._order = "time"
+                while not self._order and self._has_more() and self._has_place(len(running)):
+                    number = self._new_trial(running.values())
+                    running[pool.submit(self._follow, number)] = number
+                if not running:
+                    return
+                for future in wait(running, POLL_S, FIRST_COMPLETED).done:
+                    del running[future]
+                    future.result()
+        except (Exception, KeyboardInterrupt) as error:
+            self._order = "cancelled" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed"
+            raise
+        except BaseException:
+            # The worker ends; the trainings go on and the next one finds them.
+            self._order = "leave"
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._tell()
+
+    def best(self) -> Trial | None:
+        """The complete trial with the best value, the first of equals."""
+        sign = -1 if self._shared.is_maximized else 1
+        return min((one for one in self.trials if one.state == "complete"), default=None,
+                   key=lambda one: (sign * one.value, one.number))
+
+    def counts(self) -> dict[str, int]:
+        """State -> how many trials ended in it."""
+        return {state: sum(one.state == state for one in self.trials) for state in RUN_STATUS}
+
+    def forget_models(self) -> None:
+        """No trial's model is wanted, not even the best one's."""
+        for trial in self.trials:
+            self._forget(trial)
+
+    def _remember(self) -> None:
+        """Tells the search every trial begun so far."""
+        for trial in self.trials:
+            self._search.begin(trial.number, trial.params)
+            for epoch, value in curve(self._training(trial), self._shared.metric):
+                if math.isfinite(value):
+                    self._search.report(trial.number, epoch, value)
+            if trial.state != "running":
+                self._search.tell(trial.number, trial.state, trial.value)
+        if self.trials:
+            self._job.log(f"{len(self.trials)} trials were begun before; "
+                          f"{sum(one.state == 'running' for one in self.trials)} of them go on.")
+
+    def _has_more(self) -> bool:
+        if len(self.trials) >= self._shared.trials:
+            return False
+        over = [one for one in self.trials if one.state != "running"]
+        return len(over) < FAILURES_AT_FIRST or any(one.state != "failed" for one in over)
+
+    def _has_place(self, running: int) -> bool:
+        """Asks anew what fits: what a trial needs is known better with each one that ends."""
+        # A tenth more than was seen: the peak lies between two looks.
+        measured = max((one.memory for one in self.trials), default=0)
+        need = max(LEAST_BYTES, int(1.1 * measured)) if measured else self._shared.need
+        found = slots(self._shared.most, cores=self._shared.cores, memory=self._memory, need=need, gpus=self._gpus)
+        if self._slots is None or (found.trials, found.threads) != (self._slots.trials, self._slots.threads):
+            self._job.log(found.why)
+        self._slots = found
+        return running < found.trials
+
+    def _new_trial(self, running: Iterable[int]) -> int:
+        taken = {self.trials[number].gpu for number in running}
+        gpu = next((one for one in self._gpus if one not in taken), "")
+        with self._lock:
+            number = len(self.trials)
+            trial = Trial(number, self._search.ask(number), gpu=gpu, threads=self._slots.threads, started_at=time.time())
+            # Recorded before anything of it runs: a trial that is not in the records has left no process either.
+            write_trial(self._whole.folder, trial)
+            self.trials.append(trial)
+        return number
+
+    def _follow(self, number: int) -> None:
+        """A thread's work: one trial until it is settled. A tracker that does not answer is waited for."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                if self.trials[number].state == "running":
+                    self._record(self._train(self.trials[number]))
+                self._settle(self.trials[number])
+                return
+            except Left:
+                return
+            except Unavailable as error:
+                if self._order or time.monotonic() > until:
+                    raise
+                self._job.log(f"Trial {number} waits {AGAIN_S} s and tries again: {error}")
+                time.sleep(AGAIN_S)
+
+    def _train(self, trial: Trial) -> Trial:
+        """The trial as it is once its training is over."""
+        training = self._training(trial)
+        watch = Watch(trial, training, self._shared.metric, self._end_if_told,
+                      lambda epoch, value: self._judge(trial.number, epoch, value))
+        try:
+            if training.exit_code() is None:
+                watch.check()
+                if not training.processes():
+                    self._launch(trial, training, watch)
+                training.follow(watch)
+            return trial.ended("complete", value=value_of(training, results(training), self._shared.metric))
+        except Ends as ends:
+            return ends.trial
+        except Invalid as error:
+            return trial.ended("failed", str(error))
+
+    def _launch(self, trial: Trial, training: Training, watch: Watch) -> None:
+        """Starts the training process of a trial, with its run in the tracker and its share of the machine."""
+        shared, link = self._shared, training.folder / "data"
+        if not link.is_symlink():
+            link.symlink_to(self._whole.folder / "data")
+        given = {**shared.fixed, **trial.params}
+        if "threads" in shared.recipe.parameters:
+            given.setdefault("threads", trial.threads)
+        arguments = arguments_for(shared.recipe, training, given, shared.name, shared.base_model, self._models)
+        run_id = self._tracker.start_run(shared.experiment, trial.name, {
+            "job": f"{self._job.id}/{trial.number}", "kind": "trial", "recipe": shared.recipe.name,
+            "commit": shared.recipe.commit, "dataset": shared.version.ref}, parent=shared.run_id)
+        self._record(replace(trial, run_id=run_id))
+        environment = dict.fromkeys(THREADS, str(trial.threads))
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = trial.gpu
+        start(training, shared.recipe, arguments, shared.project, shared.mirrors, shared.manifest, shared.version,
+              self._blobs, self._tracker, run_id, watch, shared.experiment, environment,
+              choice=shared.environment, direct=True,
+              ready=lambda built: keep(self._tracker, run_id, training, {
+                  **shared.facts, "params": given, "seed": arguments.get("seed", shared.recipe.parameters.get(
+                      "seed", ("", None))[1])}, built),
+              # What a training may hold alone, trials side by side may hold together.
+              limits=replace(shared.limits, memory_mb=shared.limits.memory_mb // self._slots.trials
+                             if self._slots else shared.limits.memory_mb))
+
+    def _settle(self, trial: Trial) -> None:
+        """Closes what a decided trial has open; may be repeated."""
+        training = self._training(trial)
+        training.stop()
+        used = int((training.read("usage.json") or {}).get("memory_mb", 0) * MIB)
+        if trial.run_id:
+            log_epochs(training, self._tracker, trial.run_id)
+            self._tracker.log(trial.run_id, tags={"state": trial.state, "reason": trial.reason[:500]},
+                              metrics={} if trial.value is None else {"objective": trial.value})
+            self._tracker.finish_run(trial.run_id, RUN_STATUS[trial.state])
+        if trial.state == "failed":
+            self._job.fail_item(trial.name, trial.reason)
+        with self._lock:
+            best = self.best()
+            # The best one's weights are needed in the end; whoever was the best before gives its up.
+            rest = [one for one in self.trials if one is not best
+                    and (one.number == trial.number or one.state == "complete" and one.is_settled)]
+        for one in rest:
+            self._forget(one)
+        discard(self._shared.project, self._shared.mirrors, training.folder / "code")
+        self._record(replace(trial, is_settled=True, memory=used))
+
+    def _forget(self, trial: Trial) -> None:
+        """Removes a trial's weights, here and in the tracker."""
+        training = self._training(trial)
+        if (training.output / "model.onnx").exists() and trial.run_id:
+            self._tracker.delete_files(trial.run_id, "model")
+        trim(training)
+
+    def _record(self, trial: Trial) -> None:
+        """Writes a trial down; only its own thread calls this. What was found out meanwhile is kept."""
+        with self._lock:
+            before = self.trials[trial.number]
+            trial = replace(trial, run_id=trial.run_id or before.run_id)
+            write_trial(self._whole.folder, trial)
+            self.trials[trial.number] = trial
+            if before.state == "running" != trial.state:
+                self._search.tell(trial.number, trial.state, trial.value)
+
+    def _judge(self, number: int, epoch: int, value: float) -> bool:
+        with self._lock:
+            return self._search.report(number, epoch, value)
+
+    def _end_if_told(self, trial: Trial) -> None:
+        if self._order == "leave":
+            raise Left
+        if self._order:
+            raise Ends(trial.ended("stopped", WHY_STOPPED[self._order]))
+
+    def _training(self, trial: Trial) -> Training:
+        return Training(folder_of(self._whole.folder, trial.number), secrets=self._shared.secrets)
+
+    def _tell(self) -> None:
+        """Progress for whoever watches, and the time spent so far for the next worker."""
+        with self._lock:
+            best, counts = self.best(), self.counts()
+            running = sum(one.state == "running" for one in self.trials)
+        note = f"{running} running" + (f", {counts['pruned']} pruned" if counts["pruned"] else "")
+        if best is not None:
+            note += f", best {self._shared.metric} {best.value:.4g} in {best.name}"
+        self._job.progress(sum(counts.values()), self._shared.trials, note)
+        self._whole.write("now.json", {"spent_s": round(self.spent, 1), "slots": self._slots.why if self._slots else ""})
