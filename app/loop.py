@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 from workbench.dataset import DatasetVersion
 from workbench.errors import WorkbenchError
+from workbench.steps.deploy import champions, is_served_by
 from workbench.steps.version import pending
 from workbench.wiring import Workbench
 
@@ -35,6 +36,7 @@ JOB_STATION = {
     "promote": "promote",
     "rollback": "promote",
     "deploy": "deploy",
+    "redeploy": "deploy",
 }
 
 
@@ -101,7 +103,7 @@ def gather(
     evaluations = None if is_partial else ask(lambda: workbench.tracker.runs(f"{dataset}/evaluations"), None)
     # One sentence about a tracker that is down is enough.
     runs = None if evaluations is None else ask(lambda: workbench.tracker.runs(dataset), None)
-    promoted = [one for one in workbench.records.entries("promotions", dataset) if one.facts.get("promoted")]
+    promoted = champions(dataset, workbench.records)
     scores = [
         (str(run["tags"].get("model") or run["params"].get("model") or run["name"]), run["metrics"]["map_50_95"])
         for run in evaluations or ()
@@ -158,7 +160,7 @@ def next_step(loop: Loop) -> NextStep:
             "Publish the next version",
             "version",
         )
-    if loop.champion and loop.deployed != loop.champion:
+    if loop.champion and not is_served_by(loop.champion, loop.deployed):
         return NextStep(
             f"{loop.champion} is champion but does not annotate yet: deploy it.",
             "retrain",

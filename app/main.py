@@ -23,6 +23,7 @@ PAGES = {
         ("evaluate", "Evaluate", "monitoring"),
         ("versions", "Versions", "commit"),
         ("retrain", "Retrain and promote", "model_training"),
+        ("sweeps", "Sweeps", "tune"),
     ],
     "Behind it": [("models", "Models", "deployed_code"), ("jobs", "Jobs", "list_alt"), ("cvat", "CVAT", "hub")],
 }

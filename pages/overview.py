@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import draw, session, times
+from app import draw, rules, session, times
 from app.loop import JOB_STATION, Loop, gather, next_step, picture
 from workbench import quickstart
 from workbench.errors import WorkbenchError
 from workbench.jobs import JobStatus
 from workbench.records import Entry
 
-LEDGERS = ("uploads", "machine_runs", "reviews", "promotions", "deployments")
+LEDGERS = ("uploads", "machine_runs", "reviews", "promotions", "deployments", "drift", "retrain_events")
 SAMPLES = 4
 # Enough labelled frames to train a first student, and new ones for it to annotate.
 QUICKSTART = {"train": 220, "val": 30, "test": 50, "unlabeled": 120}
@@ -96,7 +96,12 @@ def recent(dataset: str) -> None:
     """What was done lately, by whom."""
     records = session.workbench().records
     entries = sorted(
-        ((one.at, ledger, one) for ledger in LEDGERS for one in records.entries(ledger, dataset, limit=RECENT)),
+        (
+            (one.at, ledger, one)
+            for ledger in LEDGERS
+            for one in records.entries(ledger, dataset, limit=RECENT)
+            if is_news(ledger, one)
+        ),
         key=lambda row: row[0],
         reverse=True,
     )
@@ -112,6 +117,11 @@ def recent(dataset: str) -> None:
         )
 
 
+def is_news(ledger: str, one: Entry) -> bool:
+    """Looks that found no drift and rules that found nothing to train on are for the page Retrain and promote."""
+    return bool({"drift": one.facts.get("is_new"), "retrain_events": one.facts.get("args")}.get(ledger, True))
+
+
 def in_words(ledger: str, one: Entry) -> str:
     facts = one.facts
     if ledger == "machine_runs":
@@ -123,9 +133,16 @@ def in_words(ledger: str, one: Entry) -> str:
             else f"{facts.get('model', '')} began to annotate"
         )
     if ledger == "promotions":
+        if facts.get("rollback"):
+            before = (facts.get("champion") or {}).get("model")
+            return f"{one.subject} is champion again" + (f": {before} was rolled back" if before else "")
         return f"{one.subject} became champion" if facts.get("promoted") else f"{one.subject} did not become champion"
     if ledger == "reviews":
         return f"{one.subject} {facts.get('decision', 'reviewed')}"
+    if ledger == "drift":
+        return f"drift alarm of {one.subject}"
+    if ledger == "retrain_events":
+        return str(facts["told"])
     if ledger == "uploads":
         return f"{one.subject}: {facts.get('added', 0)} frames from {facts.get('source', 'an upload')}"
     return f"{one.subject} deployed"
@@ -135,6 +152,8 @@ dataset = session.header("Overview", "Raw frames in, a better detector out, over
 if dataset is None:
     first_visit()
 else:
+    with session.explained():
+        rules.alarm(dataset)
     draw_loop(dataset)
     samples(dataset)
     recent(dataset)

@@ -6,55 +6,27 @@ from typing import Any
 
 import streamlit as st
 
-from app import charts, session, times
+from app import charts, rules, session, times
+from app.scores import NAMES
+from app.training_form import Asked, form
 from workbench.jobs import JobStatus
-from workbench.recipe import Recipe, read_recipe, recipes
+from workbench.model import ModelCard
 from workbench.records import Entry
-from workbench.steps.deploy import champion_of
+from workbench.steps.deploy import champion_of, is_served_by
 from workbench.steps.retrain import model_name
 from workbench.steps.rollback import earlier
 from workbench.steps.training import Training
-from workbench.wiring import PROJECT
 
-# Given by the workbench, never by a person (steps/retrain.py).
-OURS = ("data", "output", "name", "base_weights")
-FIRST = ("epochs", "time_limit_s", "long_side", "batch_size", "lr", "seed", "threads")
-NO_MODEL = "ImageNet weights only"
+# What may follow a promotion (steps/redeploy), as the page says it.
+THEN = {"deploy": "Deploy it", "int8": "in INT8, if certified", "cvat": "also in CVAT"}
 
 
-def start(dataset: str) -> None:
-    """The form: version, recipe, parameters with their defaults, and the button."""
-    wb = session.workbench()
-    names = recipes(PROJECT)
-    left, right = st.columns([2, 3], gap="large")
-    with left:
-        version = session.version_picker(dataset)
-        name = session.pick("recipe", "Recipe", names)
-        if name is None:
-            st.info(
-                "No recipe is committed in models/. Commit a folder with an MLproject there.", icon=":material/info:"
-            )
-            return
-        recipe = read_recipe(PROJECT, name)
-        bases = (
-            [NO_MODEL, *(ref for ref in wb.models.refs() if "weights.pt" in wb.models.card(ref).files)]
-            if "base_weights" in recipe.parameters
-            else [NO_MODEL]
-        )
-        base = st.selectbox(
-            "Start from", bases, key="retrain_base", help="An earlier student learns on; else from ImageNet."
-        )
-        about = PROJECT / "models" / name / "README.md"
-        if about.exists():
-            with st.expander("About this recipe", icon=":material/description:"):
-                st.markdown(about.read_text())
-        if recipe.uncommitted:
-            st.caption(f"Uncommitted changes are left out: commit `{recipe.commit[:12]}` runs.")
-    with right:
-        params = parameters(recipe)
+def start(dataset: str) -> Asked | None:
+    """What to train with, the button, and what may start it by itself. Returns the filled form."""
+    asked = form(dataset)
     job = session.watched("retrain", dataset)
     is_busy = job is not None and not job.is_over
-    if version and st.button(
+    if asked and st.button(
         "Start training",
         type="primary",
         icon=":material/model_training:",
@@ -62,43 +34,10 @@ def start(dataset: str) -> None:
         help="A training runs: see below." if is_busy else None,
         key="retrain_go",
     ):
-        if session.submit(
-            "retrain",
-            {
-                "dataset": dataset,
-                "version": version,
-                "recipe": name,
-                "params": params,
-                "base_model": None if base == NO_MODEL else base,
-            },
-        ):
-            st.rerun()
-
-
-def parameters(recipe: Recipe) -> dict[str, Any]:
-    """One field for each of the recipe's own parameters; returns those that differ from their default."""
-    own = {name: about for name, about in recipe.parameters.items() if name not in OURS}
-    first = [name for name in FIRST if name in own]
-    rest = [name for name in own if name not in first]
-    given: dict[str, Any] = {}
-    for names, place in (
-        (first, st.container()),
-        (rest, st.expander(f"{len(rest)} more parameters") if rest else None),
-    ):
-        for index, name in enumerate(names):
-            if index % 4 == 0:
-                columns = place.columns(4)
-            kind, default = own[name]
-            key = f"param_{recipe.name}_{name}"
-            if kind in ("float", "int"):
-                value = columns[index % 4].number_input(
-                    name, value=float(default or 0), format="%g", key=key, step=None
-                )
-            else:
-                value = columns[index % 4].text_input(name, value=str(default or ""), key=key, max_chars=200)
-            if value != (float(default or 0) if kind in ("float", "int") else str(default or "")):
-                given[name] = int(value) if isinstance(value, float) and value.is_integer() else value
-    return given
+        with session.explained():
+            if session.submit("retrain", asked.arguments()):
+                st.rerun()
+    return asked
 
 
 def training(job: JobStatus) -> None:
@@ -109,7 +48,7 @@ def training(job: JobStatus) -> None:
     def curves() -> None:
         rows = Training(session.workbench().config.home / "trainings" / job.id).history()
         numbers = {name for row in rows for name, value in row.items() if isinstance(value, (int, float))}
-        scores = {name: points(rows, name) for name in ("map_50_95", "map_50") if name in numbers}
+        scores = {name: points(rows, name) for name in NAMES if name in numbers}
         losses = {name: points(rows, name) for name in sorted(numbers) if "loss" in name}
         if not scores and not losses:
             if not job.is_over:
@@ -168,22 +107,33 @@ def past_runs(dataset: str) -> None:
 
 
 def promote(dataset: str) -> None:
-    """Challenger against champion, now, on the test split; then the history of decisions, and deploy."""
+    """Challenger against champion, now, on the test split; then what follows, rollback and the history of decisions."""
     wb = session.workbench()
-    mine = model_name(dataset)
-    own = sorted((ref for ref in wb.models.refs() if ref.partition("@")[0] == mine), key=_number, reverse=True)
+    students = students_of(dataset)
     history = wb.records.entries("promotions", dataset)
-    champion = champion_of(dataset, wb.records)
-    if not own:
+    if not students:
         session.empty("There is no student to promote yet: train one first.")
         return
+    champions = {name: champion_of(dataset, wb.records, name=name) for name in {one.name for one in students}}
     left, middle, right = st.columns([2, 2, 1], vertical_alignment="bottom")
     with left:
         candidate = session.pick(
-            "candidate", "Challenger", own, lambda ref: f"{ref} · champion" if ref == champion else ref
+            "candidate",
+            "Challenger",
+            [one.ref for one in students],
+            lambda ref: f"{ref} · champion" if ref in champions.values() else ref,
         )
     with middle:
         version = session.version_picker(dataset, "Scored on the test split of", name="promote_version")
+    then = st.pills(
+        "When it leads",
+        list(THEN),
+        selection_mode="multi",
+        format_func=THEN.get,
+        key="promote_then",
+        help="In INT8 it is deployed when its certificate passes, else in FP32; in CVAT it takes the place of earlier "
+        "champions.",
+    )
     job = session.watched("promote", dataset)
     if right.button(
         "Promote if better",
@@ -194,27 +144,46 @@ def promote(dataset: str) -> None:
         disabled=version is None or (job is not None and not job.is_over),
         help="Both models are scored now, on the same frames; the challenger leads when it is surely better.",
     ):
-        if session.submit("promote", {"dataset": dataset, "candidate": candidate, "version": version}):
+        asked = {"dataset": dataset, "candidate": candidate, "version": version}
+        if session.submit("promote", asked | ({"then": then} if then else {})):
             st.rerun()
     if job:
         session.job_panel(job)
         if job.state == "done":
             verdict(job.result or {})
+    name = str(candidate).partition("@")[0]
+    champion = champions.get(name)
     if champion:
         deploy(dataset, champion)
-    roll_back(dataset, champion)
+    redeployed(dataset)
+    roll_back(dataset, name, champion)
     if history:
         decisions(history)
-        champion_on(dataset)
+        champion_on(dataset, name)
+
+
+def students_of(dataset: str) -> list[ModelCard]:
+    """Models that may be promoted: those trained here on the data set, under whatever name; newest first, those of
+    `<data set>-detector` before others. INT8 versions follow their origin."""
+    models, mine = session.workbench().models, model_name(dataset)
+    cards = [models.card(ref) for ref in models.refs()]
+    found = [
+        one
+        for one in cards
+        if not one.quantization
+        and (one.name == mine or (one.run_id and one.trained_on.get("ref", "").partition("@")[0] == dataset))
+    ]
+    return sorted(found, key=lambda one: (one.name == mine, one.name, _number(one.ref)), reverse=True)
 
 
 def verdict(facts: dict[str, Any]) -> None:
     """Both scores of a decision, side by side."""
     challenger, champion = facts.get("challenger") or {}, facts.get("champion") or {}
     one, two, three = st.columns([1, 1, 2], vertical_alignment="center")
-    new, old = challenger.get("map_50_95"), champion.get("map_50_95")
+    primary = facts.get("primary") or "map_50_95"
+    new, old = challenger.get(primary), champion.get(primary)
     one.metric(
-        "challenger mAP@[.5:.95]",
+        f"challenger {NAMES.get(primary, primary)}",
         "–" if new is None else f"{new:.3f}",
         None if new is None or old is None else f"{new - old:+.3f}",
     )
@@ -230,9 +199,11 @@ def verdict(facts: dict[str, Any]) -> None:
 def deploy(dataset: str, champion: str) -> None:
     deployed = session.workbench().records.deployed(dataset)
     with st.container(border=True, horizontal=True, vertical_alignment="center"):
-        if deployed == champion:
+        if is_served_by(champion, deployed):
+            form = "" if deployed == champion else f" as {session.literal(deployed)}"
             st.markdown(
-                f":material/rocket_launch: **{session.literal(champion)}** is champion and annotates the next upload."
+                f":material/rocket_launch: **{session.literal(champion)}** is champion and annotates the next "
+                f"upload{form}."
             )
             session.link("annotate", "Annotate", "auto_awesome")
         else:
@@ -248,18 +219,44 @@ def deploy(dataset: str, champion: str) -> None:
         session.job_panel(job)
 
 
-def roll_back(dataset: str, champion: str | None) -> None:
+def redeployed(dataset: str) -> None:
+    """What follows a promotion or a rollback, stage by stage."""
+    for kind in ("promote", "rollback"):
+        before = session.watched(kind, dataset)
+        if before and (before.result or {}).get("redeploy"):
+            st.session_state["job_redeploy"] = before.result["redeploy"]
+    job = session.watched("redeploy", dataset)
+    if job is None:
+        return
+    if job.state != "done":
+        session.job_panel(job)
+        return
+    with st.container(border=True):
+        st.markdown(f"**What followed** · {times.clock(job.finished_at)}")
+        for stage in (job.result or {}).get("stages", []):
+            icon = "warning" if stage.get("passed") is False else "check_circle"
+            st.markdown(f":material/{icon}: {session.literal(stage['told'])}")
+
+
+def roll_back(dataset: str, name: str, champion: str | None) -> None:
     """The champion before leads again: a click, and a second one that says which."""
-    before = earlier(dataset, session.workbench().records)
+    before = earlier(dataset, session.workbench().records, name)
     job = session.watched("rollback", dataset)
     if before and champion:
         with st.popover("Roll back", icon=":material/undo:", disabled=job is not None and not job.is_over):
             st.markdown(
                 f"**{session.literal(before.subject)}** was champion before **{session.literal(champion)}** and takes "
-                "its place again. Nothing is measured; what annotates stays until you deploy."
+                "its place again. Nothing is measured."
+            )
+            back = st.checkbox(
+                "Bring back what was deployed with it",
+                key="rollback_back",
+                help="What annotated here, and what CVAT was shown of it, before the present champion led. Else what "
+                "annotates stays until you deploy.",
             )
             if st.button("Yes, make it champion again", type="primary", key="rollback_go"):
-                if session.submit("rollback", {"dataset": dataset, "to": before.subject}):
+                asked = {"dataset": dataset, "to": before.subject}
+                if session.submit("rollback", asked | ({"bring_back": True} if back else {})):
                     st.rerun()
     if job and job.state == "done":
         st.success(session.literal(str((job.result or {}).get("reason", ""))), icon=":material/undo:")
@@ -267,17 +264,20 @@ def roll_back(dataset: str, champion: str | None) -> None:
         session.job_panel(job)
 
 
-def champion_on(dataset: str) -> None:
+def champion_on(dataset: str, name: str) -> None:
     day = st.date_input("Who was champion on", value=None, key="champion_on", format="YYYY-MM-DD", width=220)
     if day:
-        found = champion_of(dataset, session.workbench().records, day.isoformat())
+        found = champion_of(dataset, session.workbench().records, day.isoformat(), name)
         told = f"**{session.literal(found)}** was champion" if found else "There was no champion"
         st.markdown(f"{told} at the end of {day.isoformat()} (UTC).")
 
 
 def decisions(history: list[Entry]) -> None:
-    def score(one: Entry, side: str, key: str = "map_50_95") -> float | None:
-        return (one.facts.get(side) or {}).get(key)
+    def primary(one: Entry) -> str:
+        return one.facts.get("primary") or "map_50_95"
+
+    def score(one: Entry, side: str) -> float | None:
+        return (one.facts.get(side) or {}).get(primary(one))
 
     def decided(one: Entry) -> str:
         if one.facts.get("rollback"):
@@ -295,10 +295,10 @@ def decisions(history: list[Entry]) -> None:
                 "when": times.clock(one.at),
                 "challenger": one.subject,
                 "decision": decided(one),
-                "challenger mAP": score(one, "challenger"),
-                "champion mAP": score(one, "champion"),
+                "metric": NAMES.get(primary(one), primary(one)),
+                "challenger scores": score(one, "challenger"),
+                "champion scored": score(one, "champion"),
                 "difference, 95 %": within(one),
-                "challenger mAP50": score(one, "challenger", "map_50"),
                 "test frames of": str(one.facts.get("version", "")),
                 "person": one.person,
                 "why": str(one.facts.get("reason", "")),
@@ -309,7 +309,7 @@ def decisions(history: list[Entry]) -> None:
         placeholder="–",
         column_config={
             name: st.column_config.NumberColumn(format="%.3f")
-            for name in ("challenger mAP", "champion mAP", "challenger mAP50")
+            for name in ("challenger scores", "champion scored")
         },
     )
 
@@ -327,11 +327,17 @@ if dataset is None:
     session.empty("No data set yet. Students learn from a published version.", "upload", "Upload frames", "upload")
 else:
     with session.explained():
-        start(dataset)
+        rules.alarm(dataset)
+    asked = None
+    with session.explained():
+        asked = start(dataset)
     with session.explained():
         job = session.watched("retrain", dataset)
         if job:
             training(job)
+    st.subheader("Train automatically", anchor=False)
+    with session.explained():
+        rules.cards(dataset, asked)
     st.subheader("Promote and deploy", anchor=False)
     with session.explained():
         promote(dataset)

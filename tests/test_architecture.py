@@ -12,7 +12,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 WORDS = {"taxonomy", "annotation", "boxes", "dataset", "model", "run", "errors", "blobs", "config", "records", "quickstart",
-         "certificates", "hooks", "notifications",
+         "certificates", "hooks", "notifications", "search_space", "capacity",
          "inference", "evaluation", "formats"}
 # Who may import what of the workbench; a layer may always import itself unless it says otherwise.
 ALLOWED = {
@@ -37,7 +37,7 @@ VENDORS = {
     "tensorrt": {"workbench/adapters/tensorrt"}, "tensorrt_rtx": {"workbench/adapters/tensorrt"},
     "tensorrt_rtx_bindings": {"workbench/adapters/tensorrt"}, "pycuda": {"workbench/adapters/tensorrt"},
     "cuda": {"workbench/adapters/tensorrt"},
-    "apprise": {"workbench/adapters/apprise"}, "cvat_sdk": {"workbench/adapters/cvat"}, "github": {"workbench/adapters/github"},
+    "optuna": {"workbench/adapters/optuna"}, "apprise": {"workbench/adapters/apprise"}, "cvat_sdk": {"workbench/adapters/cvat"}, "github": {"workbench/adapters/github"},
 }
 HEAVY = ("torch", "fiftyone", "mlflow", "tensorrt", "pycuda", "streamlit", "openvino", "onnxruntime", "cv2", "dbos", "sqlalchemy")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from workbench.errors import Invalid
 
@@ -35,6 +37,19 @@ class Config:
     retrain_repositories  git repositories besides this project's that trainings may run, comma-separated:
                        https://host/path, ssh://host/path or paths, each with all below it
     retrain_queue      trainings that may wait; POST /retrain answers 429 beyond
+    retrain_look_s     how often the rules that start trainings by themselves are looked at, in seconds; 0: never
+    retrain_environment   what trainings run in: "current", the workbench's own Python, or "locked", built from the lock of
+                       their recipe
+    retrain_wall_s, retrain_cpu_s, retrain_processes, retrain_disk_mb, retrain_log_mb  what a training may take, with
+                       all its processes: seconds, seconds of processor time, processes at once, MiB written, MiB
+                       printed; 0: no limit
+    retrain_memory_percent  memory a training may hold, of this machine's or container's; 0: no limit
+    retrain_free_disk_mb   MiB that stay free on the disk of `home`: trainings end before
+    worker_lanes       what this machine's workers take, comma-separated: cpu (all but trainings), train, gpu (trainings
+                       that ask for one); empty: all, gpu only where there is an NVIDIA card
+    worker_dead_s      silence after which a worker on another machine counts as dead and its jobs are taken up, in
+                       seconds; the same for all workers of one database
+    machine_name       what workers call this machine; empty: its host name
     nuclio_url         dashboard of a Nuclio server that models can be deployed to instead
     discord_webhook    a Discord channel's webhook that is told of trainings and promotions; a secret; empty: nobody is
     notify_urls        further channels as apprise addresses, separated by commas or spaces; secrets
@@ -73,6 +88,18 @@ class Config:
     gateway_body_mb: int = 32
     retrain_repositories: str = ""
     retrain_queue: int = 20
+    retrain_environment: str = "current"
+    retrain_wall_s: int = 86400
+    retrain_cpu_s: int = 0
+    retrain_memory_percent: int = 80
+    retrain_processes: int = 512
+    retrain_disk_mb: int = 51200
+    retrain_log_mb: int = 64
+    retrain_free_disk_mb: int = 1024
+    retrain_look_s: int = 15
+    worker_lanes: str = ""
+    worker_dead_s: int = 30
+    machine_name: str = ""
     nuclio_url: str = ""
     cvat_look_s: int = 60
     cvat_publish: str = "ask"
@@ -106,6 +133,15 @@ class Config:
     def __repr__(self) -> str:
         """Secrets and credentials in addresses never show."""
         return f"Config(home={str(self.home)!r}, host={self.host!r}, ui_port={self.ui_port})"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must never be shown: tokens, addresses that are secrets, passwords in addresses."""
+        addresses = (self.mlflow_url, self.mongo_url, self.fiftyone_url, self.database_url, self.blobs_url, self.cvat_url)
+        found = {self.service_token, self.cvat_token, self.discord_webhook, *re.split(r"[,\s]+", self.notify_urls),
+                 *(urlsplit(one).password or "" for one in addresses)}
+        # What is shorter is a word that many a log has.
+        return tuple(sorted((one for one in found if len(one) >= 6), key=len, reverse=True))
 
     @property
     def blobs(self) -> str:

@@ -22,10 +22,18 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "version": (("dataset",), ("message", "bump", "include")),
     "evaluate": (("model", "version"), ("split", "dataset")),
     "retrain": (("version",), ("recipe", "params", "base_model", "dataset", "repository", "commit", "location",
-                               "experiment", "register_as", "primary", "lower_is_better", "request")),
+                               "experiment", "register_as", "primary", "lower_is_better", "request", "environment",
+                               "limits", "gpu")),
+    "rerun": (("run",), ("tolerance", "changed_environment", "gpu")),
+    "sweep": (("version", "space"), ("recipe", "params", "base_model", "dataset", "repository", "commit", "location",
+                                     "experiment", "register_as", "metric", "lower_is_better", "trials", "time_limit_s",
+                                     "sampler", "pruner", "seed", "at_once", "memory_gb", "environment", "limits",
+                                     "gpu")),
     "promote": (("dataset", "candidate", "version"), ("split", "margin", "primary", "lower_is_better",
-                                                     "max_class_drop")),
-    "rollback": (("dataset",), ("to",)),
+                                                     "max_class_drop", "then")),
+    "rollback": (("dataset",), ("to", "name", "bring_back")),
+    "redeploy": (("dataset", "model"), ("then", "version", "back", "limits")),
+    "drift": (("dataset",), ("threshold", "least_frames")),
     "deploy": (("dataset", "model"), ()),
     "quantize": (("model", "version"), ("split", "frames", "seed", "limits", "dataset")),
     "certify": (("model", "version"), ("split", "against", "limits", "dataset")),
@@ -46,7 +54,7 @@ def check(kind: str, args: dict[str, Any]) -> None:
         raise Invalid(f"A {kind} job needs {', '.join(needed)} and may have {', '.join(possible) or 'nothing else'}; "
                       + " and ".join([*([f"{', '.join(missing)} is missing"] if missing else []),
                                       *([f"{', '.join(foreign)} is none of them"] if foreign else [])]) + ".")
-    if kind == "retrain" and args.get("repository") is not None:
+    if kind in ("retrain", "sweep") and args.get("repository") is not None:
         from workbench.repository import read_address
         # Before the job is stored: an address with a password must not be.
         read_address(str(args["repository"]))
@@ -55,7 +63,8 @@ def check(kind: str, args: dict[str, Any]) -> None:
 def all_of(workbench: Workbench) -> dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]]:
     """kind -> function of (arguments, job) that gives the step's report as JSON."""
     steps = {"upload": _upload, "annotate": _annotate, "undo": _undo, "correct": _correct, "version": _version,
-             "evaluate": _evaluate, "retrain": _retrain, "promote": _promote, "rollback": _rollback, "deploy": _deploy,
+             "evaluate": _evaluate, "retrain": _retrain, "rerun": _rerun, "sweep": _sweep, "promote": _promote, "rollback": _rollback, "deploy": _deploy,
+             "redeploy": _redeploy, "drift": _drift,
              "quantize": _quantize, "certify": _certify, "pull": _pull, "send": _send}
     from workbench.steps.announce import announced
     return announced({kind: partial(_checked, kind, step, workbench) for kind, step in steps.items()},
@@ -67,7 +76,8 @@ def _checked(kind: str, step: Callable[..., dict[str, Any]], workbench: Workbenc
              job: Job) -> dict[str, Any]:
     check(kind, args)
     # A None is what a page sends for a choice that was not made: the step's own default stands.
-    args = {name: value for name, value in args.items() if value is not None}
+    # Where a job runs (gpu) was decided when it was queued.
+    args = {name: value for name, value in args.items() if value is not None and name != "gpu"}
     return step(workbench, job, args.pop("person", workbench.config.person), **args)
 
 
@@ -112,30 +122,82 @@ def _evaluate(workbench: Workbench, job: Job, person: str, model: str, version: 
     from workbench.steps.evaluate import evaluate
     found = evaluate(model, version, split, models=workbench.models, store=workbench.datasets, blobs=workbench.blobs,
                      open_backend=workbench.open_backend, tracker=workbench.tracker, job=job)
-    return {"map_50_95": found.metrics.map_50_95, "map_50": found.metrics.map_50, **found.to_json(with_boxes=False)}
+    return {**found.metrics.values, **found.to_json(with_boxes=False)}
 
 
 def _retrain(workbench: Workbench, job: Job, person: str, version: str, dataset: str = "", request: str = "",
              **more: Any) -> dict[str, Any]:
+    return _trainer(workbench, job, person)(version, **more).to_json()
+
+
+def _rerun(workbench: Workbench, job: Job, person: str, run: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.rerun import rerun
+    return rerun(run, retrain=_trainer(workbench, job, person), tracker=workbench.tracker, store=workbench.datasets,
+                 models=workbench.models, project=PROJECT, job=job, **more).to_json()
+
+
+def _sweep(workbench: Workbench, job: Job, person: str, version: str, dataset: str = "", **more: Any) -> dict[str, Any]:
+    from workbench.steps.sweep import sweep
+    config = workbench.config
+    return _trainer(workbench, job, person, sweep)(version, open_search=workbench.open_search, cores=config.threads,
+                                                   **more).to_json()
+
+
+def _trainer(workbench: Workbench, job: Job, person: str, step: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """retrain, or another step that trains, with the parts of the workbench."""
+    from workbench.steps.limits import limits_of
     from workbench.steps.retrain import retrain
-    return retrain(version, store=workbench.datasets, blobs=workbench.blobs, tracker=workbench.tracker,
-                   models=workbench.models, home=workbench.config.home, job=job, project=PROJECT,
-                   repositories=workbench.config.retrain_repositories, open_backend=workbench.open_backend, person=person,
-                   **more).to_json()
+    config = workbench.config
+    return partial(step or retrain, store=workbench.datasets, blobs=workbench.blobs, tracker=workbench.tracker,
+                   models=workbench.models, home=config.home, job=job, project=PROJECT, person=person,
+                   repositories=config.retrain_repositories, open_backend=workbench.open_backend,
+                   environment=config.retrain_environment, most=limits_of(config), secrets=config.secrets)
 
 
 def _promote(workbench: Workbench, job: Job, person: str, dataset: str, candidate: str, version: str,
-             **more: Any) -> dict[str, Any]:
+             then: Any = (), **more: Any) -> dict[str, Any]:
     from workbench.steps.promote import promote
-    return promote(dataset, candidate, version, models=workbench.models, store=workbench.datasets,
+    from workbench.steps.redeploy import check_then
+    then = check_then(then) if then else ()
+    done = promote(dataset, candidate, version, models=workbench.models, store=workbench.datasets,
                    blobs=workbench.blobs, tracker=workbench.tracker, records=workbench.records,
-                   open_backend=workbench.open_backend, job=job, person=person, **more).to_json()
+                   open_backend=workbench.open_backend, job=job, person=person, **more)
+    follows = done.promoted and then and _follow_up(workbench, job, person, {
+        "dataset": dataset, "model": candidate, "then": list(then), "version": version})
+    return {**done.to_json(), **({"redeploy": follows} if follows else {})}
 
 
-def _rollback(workbench: Workbench, job: Job, person: str, dataset: str, **more: Any) -> dict[str, Any]:
+def _rollback(workbench: Workbench, job: Job, person: str, dataset: str, bring_back: bool = False,
+              **more: Any) -> dict[str, Any]:
     from workbench.steps.rollback import rollback
-    return rollback(dataset, models=workbench.models, tracker=workbench.tracker, records=workbench.records, job=job,
-                    person=person, **more).to_json()
+    done = rollback(dataset, models=workbench.models, tracker=workbench.tracker, records=workbench.records, job=job,
+                    person=person, **more)
+    follows = bring_back and _follow_up(workbench, job, person, {
+        "dataset": dataset, "model": done.challenger["model"], "back": True})
+    return {**done.to_json(), **({"redeploy": follows} if follows else {})}
+
+
+def _follow_up(workbench: Workbench, job: Job, person: str, args: dict[str, Any]) -> str:
+    """The redeploy job after a change of champion: one, however often the change is repeated."""
+    follows = workbench.jobs.submit("redeploy", args, person=person, key=f"after {job.id}")
+    job.log(f"Redeploy job {follows} follows.")
+    return follows
+
+
+def _redeploy(workbench: Workbench, job: Job, person: str, dataset: str, model: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.redeploy import redeploy
+    return redeploy(dataset, model, models=workbench.models, store=workbench.datasets, blobs=workbench.blobs,
+                    tracker=workbench.tracker, records=workbench.records, certificates=workbench.certificates,
+                    open_backend=workbench.open_backend, job=job, person=person,
+                    scratch=workbench.config.home / "quantize", **more).to_json()
+
+
+def _drift(workbench: Workbench, job: Job, person: str, dataset: str, **more: Any) -> dict[str, Any]:
+    from workbench.steps.drift import look_for_drift
+    return look_for_drift(dataset, server=workbench.server, store=workbench.datasets, models=workbench.models,
+                          blobs=workbench.blobs, records=workbench.records, certificates=workbench.certificates,
+                          open_backend=workbench.open_backend, job=job, person=person,
+                          scratch=workbench.config.home / "drift", **more).to_json()
 
 
 def _deploy(workbench: Workbench, job: Job, person: str, dataset: str, model: str) -> dict[str, Any]:

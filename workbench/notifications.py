@@ -104,6 +104,11 @@ def without_secrets(text: str) -> str:
     not seen (control, format, half of a pair), line breaks excepted."""
     text = "".join(char for char in str(text).replace("\t", " ").replace("\r\n", "\n")
                    if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+    return blotted(text)
+
+
+def blotted(text: str) -> str:
+    """The text without credentials in addresses, secrets in queries and tokens of known shapes, else as it was."""
     text = _USERINFO.sub(r"\1", text)
     text = _QUERY_SECRET.sub(r"\1***", text)
     text = _WEBHOOK.sub(r"\1***", text)
@@ -150,6 +155,8 @@ def of_end(kind: str, args: dict[str, Any], job_id: str, result: dict[str, Any],
         title = "Rolled back" if kind == "rollback" else f"{_titled(kind)} done" if "promoted" not in result else (
             "New champion" if is_promoted else "The champion stays" if champion else "Not promoted")
         mood = "success" if is_promoted else "info"
+        if kind == "drift":
+            title, mood = "Drift alarm", "warning"
     measures = tuple((f"{metric} {when}", f"{value:.4f} ({of})" if value is not None else "none")
                      for when, value, of in (("before", before, before_of), ("after", after, after_of)))
     is_measured = before is not None or after is not None or kind == "retrain"
@@ -249,7 +256,7 @@ def _say(report: Callable[[str], None], line: str) -> None:
 
 
 def _titled(kind: str) -> str:
-    return {"retrain": "Retraining", "promote": "Promotion", "rollback": "Rollback"}.get(kind, kind.capitalize())
+    return {"retrain": "Retraining", "promote": "Promotion", "rollback": "Rollback", "drift": "Look for drift"}.get(kind, kind.capitalize())
 
 
 def _experiment(args: dict[str, Any], result: dict[str, Any]) -> str:

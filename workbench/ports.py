@@ -5,6 +5,7 @@ AnnotationServer  keeps labels being worked on   adapters: fiftyone, cvat
 ModelStore     keeps annotator models            adapters: local_models
 DatasetStore   keeps published versions          adapters: git_datasets
 Tracker        keeps runs and registered models  adapters: mlflow
+Search         proposes the trials of a sweep    adapters: optuna
 Job            what a step tells its surroundings: progress, failed items, "has anybody cancelled?"
 """
 
@@ -179,19 +180,32 @@ class Tracker(Protocol):
 
     url: str
 
-    def start_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
-        """Creates a run and returns its id; the same `job` tag again returns the run there is."""
+    def start_run(self, experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
+        """Creates a run and returns its id; the same `job` tag again returns the run there is. `parent` is the id of a
+        run of the same experiment that it is part of."""
         ...
 
     def log(self, run_id: str, params: dict[str, Any] | None = None, metrics: dict[str, float] | None = None,
             tags: dict[str, str] | None = None, step: int = 0) -> None: ...
 
+    def log_steps(self, run_id: str, rows: dict[int, dict[str, float]]) -> None:
+        """Adds metrics of many steps at once: step -> name -> value."""
+        ...
+
     def log_files(self, run_id: str, files: Path, folder: str) -> None:
         """Stores a file, or all files below a directory, as artifacts of the run under `folder`."""
         ...
 
+    def delete_files(self, run_id: str, folder: str) -> None:
+        """Removes the artifacts of the run under `folder`; nothing happens where there are none."""
+        ...
+
     def runs(self, experiment: str, limit: int = 50) -> list[dict[str, Any]]:
         """Newest first: {"run_id", "name", "status", "started_at", "finished_at", "params", "metrics", "tags"}."""
+        ...
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """One run, as `runs` tells it. Raises NotFound."""
         ...
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -219,6 +233,34 @@ class Tracker(Protocol):
     def by_alias(self, name: str, alias: str) -> RegisteredModel | None: ...
 
     def run_url(self, run_id: str) -> str: ...
+
+
+class Search(Protocol):
+    """Proposes the trials of a sweep and tells which are not worth going on with (Optuna); keeps nothing itself.
+
+    Trials have numbers from 0. After a restart every trial begun so far is told again, in the order of their numbers,
+    with `begin`, `report` and `tell`; the search then goes on as if it had never stopped.
+    """
+
+    def ask(self, number: int) -> dict[str, Any]:
+        """The parameters of a new trial, which has begun with that; such as were not tried yet, where there are some."""
+        ...
+
+    def begin(self, number: int, params: dict[str, Any]) -> None:
+        """A trial that was asked for earlier has begun with these parameters."""
+        ...
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """Takes what a running trial has reached; True when it should be pruned."""
+        ...
+
+    def tell(self, number: int, state: str, value: float | None = None) -> None:
+        """A trial is over: "complete" with its value, "pruned", or "failed"."""
+        ...
+
+    def importance(self) -> dict[str, float]:
+        """Parameter -> its share in how values differ, adding up to 1; {} while too few trials are complete."""
+        ...
 
 
 class Job(Protocol):

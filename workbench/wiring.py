@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.blobs import Blobs
 from workbench.config import Config
 from workbench.errors import Invalid
-from workbench.ports import AnnotationServer, Backend, DatasetStore, Job, ModelStore, Tracker
+from workbench.ports import AnnotationServer, Backend, DatasetStore, Job, ModelStore, Search, Tracker
 
 if TYPE_CHECKING:  # numpy and OpenCV are not imported before something runs
     from workbench.inference.graph import Graph
@@ -102,6 +102,12 @@ class Workbench:
     def tracker(self) -> Tracker:
         from workbench.adapters.mlflow import MlflowTracker
         return MlflowTracker(self.config.mlflow)
+
+    @staticmethod
+    def open_search(space: Any, **how: Any) -> Search:
+        """Chooses the trials of a sweep. Raises Invalid for a sampler or pruner that does not exist."""
+        from workbench.adapters.optuna import OptunaSearch
+        return OptunaSearch(space, **how)
 
     def channels(self) -> list[Channel]:
         """Where messages about jobs go, as the settings say. Raises Invalid for an address that is none."""

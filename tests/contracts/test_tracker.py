@@ -51,6 +51,33 @@ def test_a_run_without_a_job_is_a_new_one_every_time(tracker: Tracker) -> None:
     assert tracker.start_run("plain", "a", {}) != tracker.start_run("plain", "a", {})
 
 
+def test_a_run_may_be_part_of_another_and_is_read_by_its_id(tracker: Tracker) -> None:
+    from mlflow import MlflowClient
+    whole = tracker.start_run("nested", "sweep", {"job": "n1"})
+    part = tracker.start_run("nested", "trial 0", {"job": "n1/0"}, parent=whole)
+    assert tracker.start_run("nested", "trial 0", {"job": "n1/0"}, parent=whole) == part != whole
+    assert MlflowClient(tracker.url).get_run(part).data.tags["mlflow.parentRunId"] == whole
+    assert tracker.run(part) == next(one for one in tracker.runs("nested") if one["name"] == "trial 0")
+    with pytest.raises(NotFound):
+        tracker.run("0" * 32)
+
+
+def test_many_steps_are_logged_at_once(tracker: Tracker, run_id: str) -> None:
+    tracker.log_steps(run_id, {step: {"loss": 1 / step, "map_50": step / 1000} for step in range(1, 701)})  # 1400 numbers
+    assert tracker.history(run_id, "loss") == [(step, 1 / step) for step in range(1, 701)]
+    assert tracker.history(run_id, "map_50")[-1] == (700, 0.7)
+
+
+def test_files_of_a_run_can_be_removed_and_others_stay(tracker: Tracker, trained: str, tmp_path: Path) -> None:
+    (tmp_path / "plot.png").write_bytes(b"png")
+    tracker.log_files(trained, tmp_path / "plot.png", "plots")
+    for _ in range(2):  # nothing there is nothing to remove
+        tracker.delete_files(trained, "model")
+    with pytest.raises(NotFound):
+        tracker.artifacts(trained, "model", tmp_path / "got")
+    assert (tracker.artifacts(trained, "plots", tmp_path / "got2") / "plot.png").read_bytes() == b"png"
+
+
 def test_params_metrics_and_tags_come_back_with_the_run(tracker: Tracker) -> None:
     run_id = tracker.start_run("logged", "student", {"job": "j1"})
     tracker.log(run_id, params={"epochs": 3, "lr": 0.001}, tags={"digest": "abc"})
@@ -58,6 +85,9 @@ def test_params_metrics_and_tags_come_back_with_the_run(tracker: Tracker) -> Non
     tracker.log(run_id, metrics={"map_50": 0.5}, step=2)
 
     [run] = tracker.runs("logged")
+    assert tracker.run(run_id) == run
+    with pytest.raises(NotFound):
+        tracker.run("0" * 32)
 
     assert run["run_id"] == run_id and run["name"] == "student" and run["status"] == "RUNNING"
     assert run["params"] == {"epochs": "3", "lr": "0.001"}

@@ -19,7 +19,8 @@ from workbench.supervise import parts
 from workbench.wiring import Workbench
 
 PROJECT = Path(__file__).resolve().parents[2]
-STEPS = ("upload", "annotate", "undo", "evaluate", "version", "retrain", "promote", "rollback", "deploy", "quantize",
+STEPS = ("upload", "annotate", "undo", "evaluate", "version", "retrain", "sweep", "rerun", "promote", "rollback", "deploy", "redeploy",
+         "drift", "quantize",
          "certify")
 
 
@@ -45,7 +46,8 @@ def test_help_tells_the_loop_in_its_order_and_is_quick(config: Config) -> None:
     assert said.returncode == 0 and best < 1.0
     assert "upload -> annotate -> review -> evaluate -> version -> retrain -> promote -> deploy" in said.stdout
     listed = [line.split()[0] for line in said.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert listed == ["up", "doctor", "demo", *STEPS[:5], "diff", *STEPS[5:8], "champion", *STEPS[8:], "watch", "jobs", "datasets", "models", "notify"]
+    assert listed == ["up", "doctor", "demo", *STEPS[:5], "diff", *STEPS[5:10], "champion", *STEPS[10:13], "rules",
+                      *STEPS[13:], "watch", "jobs", "datasets", "models", "notify"]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -54,7 +56,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [*STEPS, "up", "doctor", "demo", "diff", "champion", "watch", "jobs", "datasets", "models",
+@pytest.mark.parametrize("command", [*STEPS, "up", "doctor", "demo", "diff", "champion", "rules", "watch", "jobs", "datasets", "models",
                                      "notify"])
 def test_every_command_explains_itself(config: Config, command: str) -> None:
     assert cli.cli.commands[command].get_short_help_str(200)
@@ -81,6 +83,9 @@ def test_every_job_kind_has_a_command_but_those_of_the_demo_and_of_the_cvat_page
     (["part", "mongo"], 2, "there are mongod, ui"),
     (["part", "mongod", "--check"], 1, "Nothing listens"),
     (["upload", "cells", "/nowhere"], 2, "'/nowhere' does not exist"),
+    (["sweep", "cells", "--space", "{"], 2, "--space cannot be read: Expecting property name"),
+    (["sweep", "cells", "--space", "@/nowhere"], 2, "--space cannot be read"),
+    (["sweep", "cells", "--space", "{}"], 2, "dataset_repo is no data set"),
     (["paint"], 2, "No such command 'paint'"),
     (["jobs", "list", "--state", "asleep"], 2, "is not one of 'queued'")])
 def test_a_failure_is_one_sentence_and_an_exit_code(config: Config, words: list[str], code: int, says: str) -> None:

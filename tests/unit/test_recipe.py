@@ -24,7 +24,7 @@ def commit(project: Path, message: str = "change") -> str:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     project = tmp_path / "a project"
-    shutil.copytree(DOUBLES / "recipes", project / "models")
+    shutil.copytree(DOUBLES / "recipes" / "tiny", project / "models" / "tiny")
     subprocess.run(["git", "init", "-q", "-b", "main", project], check=True)
     commit(project, "first")
     return project

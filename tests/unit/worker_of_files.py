@@ -1,10 +1,14 @@
-"""A worker process with three small kinds of jobs that leave a trace in files: `python worker_of_files.py HOME`."""
+"""A worker process with three small kinds of jobs that leave a trace in files: `python worker_of_files.py HOME`.
+
+Its settings are in the environment, as a worker's on another machine; HOME is one folder that all of them see.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from workbench.records import open_database
 
 
 def main(home: Path) -> None:
-    config = Config(home=home)
+    config = Config.read(home)
 
     def count(args: dict[str, Any], job: Job) -> dict[str, Any]:
         """Appends 0..n-1 to a file, each once whatever happens: what a repeatable step is."""
@@ -51,7 +55,12 @@ def main(home: Path) -> None:
                "exit": SystemExit(3)}[args["how"]]
 
     jobs = Jobs(config, open_database(config.database))
-    jobs.work({"count": count, "overlap": overlap, "fail": fail, "retrain": count})
+
+    def end_here(is_stray: Callable[[str], bool]) -> None:
+        with (home / f"{os.getpid()}.ended").open("a") as output:
+            output.writelines(f"{file.stem}\n" for file in home.glob("*.count") if is_stray(file.stem))
+
+    jobs.work({"count": count, "overlap": overlap, "fail": fail, "retrain": count}, end_here=end_here)
     os._exit(0)
 
 

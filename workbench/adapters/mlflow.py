@@ -36,7 +36,7 @@ class MlflowTracker:
         self._login = (unquote(parts.username or ""), unquote(parts.password or ""))
         self._opened: Any = None
 
-    def start_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
+    def start_run(self, experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
         with self._asking(f"start run {name!r}") as client:
             experiment_id = self._experiment(client, experiment, create=True)
             if "job" in tags:
@@ -44,7 +44,8 @@ class MlflowTracker:
                                            order_by=["attributes.start_time ASC"])
                 if found:
                     return found[0].info.run_id
-            return client.create_run(experiment_id, tags=dict(tags), run_name=name).info.run_id
+            nested = {} if parent is None else {"mlflow.parentRunId": parent}
+            return client.create_run(experiment_id, tags={**tags, **nested}, run_name=name).info.run_id
 
     def log(self, run_id: str, params: dict[str, Any] | None = None, metrics: dict[str, float] | None = None,
             tags: dict[str, str] | None = None, step: int = 0) -> None:
@@ -58,11 +59,26 @@ class MlflowTracker:
                 for start in range(0, len(rows[kind]), limit):
                     client.log_batch(run_id, **{kind: rows[kind][start:start + limit]})
 
+    def log_steps(self, run_id: str, rows: dict[int, dict[str, float]]) -> None:
+        with self._asking(f"log to run {run_id}") as client:
+            from mlflow.entities import Metric
+            now, limit = int(time.time() * 1000), PER_REQUEST["metrics"]
+            metrics = [Metric(key, float(value), now, step) for step, row in rows.items() for key, value in row.items()]
+            for start in range(0, len(metrics), limit):
+                client.log_batch(run_id, metrics=metrics[start:start + limit])
+
     def log_files(self, run_id: str, files: Path, folder: str) -> None:
         if not files.exists():
             raise Invalid(f"There is no file or folder {files} to store with run {run_id}.")
         with self._asking(f"store {files.name!r} with run {run_id}") as client:
             (client.log_artifacts if files.is_dir() else client.log_artifact)(run_id, str(files), folder)
+
+    def delete_files(self, run_id: str, folder: str) -> None:
+        with self._asking(f"remove {folder!r} of run {run_id}") as client:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+            if client.list_artifacts(run_id, folder):
+                # MLflow's client has no word for it; its `mlflow gc` deletes the same way.
+                get_artifact_repository(client.get_run(run_id).info.artifact_uri, tracking_uri=self.url).delete_artifacts(folder)
 
     def runs(self, experiment: str, limit: int = 50) -> list[dict[str, Any]]:
         with self._asking(f"list the runs of {experiment!r}") as client:
@@ -77,11 +93,11 @@ class MlflowTracker:
                 token = page.token
                 if not token:
                     break
-        return [{"run_id": run.info.run_id, "name": run.info.run_name, "status": run.info.status,
-                 "started_at": _iso(run.info.start_time), "finished_at": _iso(run.info.end_time),
-                 "params": dict(run.data.params), "metrics": dict(run.data.metrics),
-                 "tags": {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}}
-                for run in runs]
+        return [_run(run) for run in runs]
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        with self._asking(f"read run {run_id}") as client:
+            return _run(client.get_run(run_id))
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         with self._asking(f"read {metric!r} of run {run_id}") as client:
@@ -204,6 +220,13 @@ class MlflowTracker:
 def _exception() -> type[Exception]:
     from mlflow.exceptions import MlflowException
     return MlflowException
+
+
+def _run(run: Any) -> dict[str, Any]:
+    return {"run_id": run.info.run_id, "name": run.info.run_name, "status": run.info.status,
+            "started_at": _iso(run.info.start_time), "finished_at": _iso(run.info.end_time),
+            "params": dict(run.data.params), "metrics": dict(run.data.metrics),
+            "tags": {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}}
 
 
 def _registered(version: Any, aliases: dict[str, str]) -> RegisteredModel:

@@ -28,6 +28,7 @@ from workbench.service.metrics import Metrics
 from workbench.service.predict import Counted, Predict
 from workbench.service.refusals import Refusal, status_of
 from workbench.service.retrain import Retraining
+from workbench.service.rules import RuleLooks
 from workbench.service.schema import Problem
 from workbench.supervise import parts
 from workbench.wiring import Workbench
@@ -58,12 +59,15 @@ def create(config: Config | None = None) -> FastAPI:
     predict = Predict(workbench, metrics)
     gateway = nuclio.Gateway(workbench, predict)
     hooks = CvatHooks(workbench)
+    rules = RuleLooks(workbench)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         hooks.start()
+        rules.start()
         await asyncio.to_thread(workbench.jobs.prepare)
         yield
+        await asyncio.to_thread(rules.close)
         await asyncio.to_thread(hooks.close)
         await asyncio.to_thread(predict.close)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import threading
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -14,14 +11,12 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from workbench.dataset import VERSION
 from workbench.errors import Conflict, Invalid, NotFound
-from workbench.jobs import JobStatus
-from workbench.recipe import plain
-from workbench.repository import allowed_list, check_commit, check_location, permitted
+from workbench.jobs import JobStatus, QueueFull
+from workbench.repository import allowed_list
 from workbench.service.refusals import Busy
 from workbench.service.schema import Problem
-from workbench.steps.retrain import check_words, name_for
+from workbench.steps.request import from_repository
 from workbench.steps.training import Training
 from workbench.wiring import PROJECT, Workbench
 
@@ -29,7 +24,6 @@ KIND = "retrain"
 # Trainings take minutes: what could shorten the queue is not seconds away.
 RETRY_S = 60
 LOG_LINES = 500
-PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,99}")
 
 
 class RetrainRequest(BaseModel):
@@ -50,6 +44,11 @@ class RetrainRequest(BaseModel):
     lower_is_better: bool = False
     parameters: dict[str, bool | int | float | str] = Field(
         default_factory=dict, max_length=100, description="Values for parameters that the MLproject declares.")
+    environment: str | None = Field(None, max_length=20, description="current: the workbench's own Python; locked: built "
+                                    "from the recipe's lock. The setting retrain_environment otherwise.")
+    limits: dict[str, int] = Field(default_factory=dict, max_length=10, description="wall_s, cpu_s, memory_mb, processes, "
+                                   "disk_mb, log_mb: lower than the settings', for this training.")
+    gpu: bool = Field(False, description="Wait for a worker that serves the lane gpu.")
 
 
 class RetrainJob(BaseModel):
@@ -68,7 +67,7 @@ class Retraining:
         if workbench.config.retrain_queue < 1:
             raise Invalid(f"Setting retrain_queue must be at least 1, is {workbench.config.retrain_queue}.")
         allowed_list(workbench.config.retrain_repositories)
-        self._workbench, self._lock = workbench, threading.Lock()
+        self._workbench = workbench
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -101,7 +100,8 @@ class Retraining:
         def log(job_id: str) -> str:
             """What the workbench said, then the end of what the training printed."""
             self._get(job_id)
-            printed = Training(self._workbench.config.home / "trainings" / job_id).last_lines(LOG_LINES)
+            config = self._workbench.config
+            printed = Training(config.home / "trainings" / job_id, secrets=config.secrets).last_lines(LOG_LINES)
             return "\n".join([*self._workbench.jobs.log_lines(job_id), printed])
 
         @router.delete("/retrain/{job_id}", responses={404: says[404]})
@@ -121,83 +121,38 @@ class Retraining:
         body = hashlib.sha256(json.dumps(asked.model_dump(), sort_keys=True).encode()).hexdigest()
         # A key of /v1/jobs is another key.
         key = f"POST {key}" if key is not None else None
-        # One at a time: otherwise all who come at once would find a place in the queue.
-        with self._lock:
-            there = jobs.find(KIND, key) if key is not None else None
-            if there is not None:
-                # Compared by what was sent: meanwhile the latest version may be another one.
-                if there.args.get("request") != body:
-                    raise Conflict(f"This Idempotency-Key already stands for job {there.id} with another request. Use "
-                                   "another key for another request.")
-                return there
-            args = self._args(asked) | {"request": body}
-            limit = self._workbench.config.retrain_queue
-            if jobs.counts().get((KIND, "queued"), 0) >= limit:
-                raise Busy(f"{limit} trainings wait already (setting retrain_queue).", RETRY_S, full="queue")
-            return jobs.get(jobs.submit(KIND, args, person=self._workbench.config.person, key=key))
+        there = self._there(key, body)
+        if there is not None:
+            return there
+        args, limit = self._args(asked) | {"request": body}, self._workbench.config.retrain_queue
+        try:
+            return jobs.get(jobs.submit(KIND, args, person=self._workbench.config.person, key=key, most_queued=limit))
+        except QueueFull as error:
+            raise Busy(f"{limit} trainings wait already (setting retrain_queue).", RETRY_S, full="queue") from error
+        except Conflict:
+            # The same request came twice at once, and a version was published in between.
+            there = self._there(key, body)
+            if there is None:
+                raise
+            return there
+
+    def _there(self, key: str | None, body: str) -> JobStatus | None:
+        """The job that a key stands for. Raises Conflict when that is another request's."""
+        there = self._workbench.jobs.find(KIND, key) if key is not None else None
+        # Compared by what was sent: meanwhile the latest version may be another one.
+        if there is not None and there.args.get("request") != body:
+            raise Conflict(f"This Idempotency-Key already stands for job {there.id} with another request. Use "
+                           "another key for another request.")
+        return there
 
     def _args(self, asked: RetrainRequest) -> dict[str, Any]:
         """Arguments of the job, with all that can be known now checked. Raises Invalid."""
-        config, models = self._workbench.config, self._workbench.models
-        repository = permitted(asked.git_uri, config.retrain_repositories, PROJECT)
-        args = {"repository": repository.address, "commit": check_commit(asked.commit_hash),
-                "location": check_location(asked.MLproject_location), "experiment": asked.experiment_name}
-        check_words(asked.experiment_name, asked.primary_metric)
-        for name, value in asked.parameters.items():
-            if not PARAMETER.fullmatch(name):
-                raise Invalid("Names in parameters must be letters, digits, _ and -, as the MLproject declares them.")
-            # Its kind is not known yet: what reads as a number may be one.
-            if not isinstance(value, str) or not _is_number(value):
-                plain(args["location"], name, "string", value)
-        dataset = self._dataset(asked.dataset_repo)
-        try:
-            args["version"] = f"{dataset}@{self._version(dataset, asked.version)}"
-            if asked.base_model is not None:
-                models.card(asked.base_model)
-        except NotFound as error:
-            raise Invalid(str(error)) from error
-        if asked.model_name is not None:
-            args["register_as"] = name_for(dataset, asked.model_name, self._workbench.datasets, models)
-        more = {"base_model": asked.base_model, "primary": asked.primary_metric, "params": asked.parameters or None,
-                "lower_is_better": asked.lower_is_better or None}
-        return args | {name: value for name, value in more.items() if value is not None}
-
-    def _dataset(self, named: str) -> str:
-        """The data set with this name or this repository. Raises Invalid: nothing is fetched from elsewhere."""
-        store = self._workbench.datasets
-        names = store.names()
-        if named in names:
-            return named
-        path = named.removeprefix("file://")
-        if path.startswith("/") and path.isprintable():
-            real = os.path.realpath(path)
-            for name in names:
-                if real == os.path.realpath(store.checkout_url(name)):
-                    return name
-        raise Invalid("dataset_repo is no data set of this workbench; give a name or the path of its repository as "
-                      f"`GET /v1/datasets` lists them: {', '.join(names[:20]) or 'there are none yet'}.")
-
-    def _version(self, dataset: str, asked: str | None) -> str:
-        store = self._workbench.datasets
-        if asked is None:
-            versions = store.versions(dataset)
-            if not versions:
-                raise Invalid(f"Data set {dataset} has no version yet; publish one first.")
-            return versions[0].version
-        if not VERSION.fullmatch(asked):
-            raise Invalid("version must read MAJOR.MINOR.PATCH, such as 1.0.0, or be left out for the latest one.")
-        return store.version(f"{dataset}@{asked}").version
+        workbench = self._workbench
+        return from_repository(**asked.model_dump(), repositories=workbench.config.retrain_repositories,
+                               project=PROJECT, store=workbench.datasets, models=workbench.models)
 
     def _get(self, job_id: str) -> JobStatus:
         found = self._workbench.jobs.get(job_id)
         if found.kind != KIND:
             raise NotFound(f"Job {job_id!r} is no retraining; see GET /v1/jobs/{job_id}.")
         return found
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,4 +1,5 @@
-"""Announce: tells the channels that a training began and how it, a promotion or a rollback ended; stops no job."""
+"""Announce: tells the channels that a training began and how it, a promotion or what follows one ended, and of drift;
+stops no job."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ Step = Callable[[dict[str, Any], Job], dict[str, Any]]
 
 # Of a promotion only the decision is news.
 TOLD_AT_START = ("retrain",)
-TOLD_AT_END = ("retrain", "promote", "rollback")
+TOLD_AT_END = ("retrain", "promote", "rollback", "redeploy", "drift")
 
 logger = logging.getLogger("workbench.notifications")
 
@@ -52,6 +53,8 @@ def _run(kind: str, step: Step, teller: _Teller, args: dict[str, Any], job: Job)
         teller.tell(job, kind, "end", told, lambda: of_failure(
             kind, told, job.id, said, teller.found(kind, told, {}, job.id)))
         raise
+    if kind == "drift" and not result.get("is_new"):
+        return result  # that all is well, or that an alarm still stands, is no news
     teller.tell(job, kind, "end", told, lambda: of_end(
         kind, told, job.id, result, teller.found(kind, told, result, job.id)))
     return result

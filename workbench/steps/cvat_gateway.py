@@ -47,11 +47,13 @@ def deploy_to_cvat(
     certificates: Certificates,
     open_backend: OpenBackend,
     person: str,
+    key: str | None = None,
 ) -> Function:
     """Opens the model as annotate would, then enters it into the ledger: CVAT is shown it from now on.
 
     draws    of a detector: default the first of DRAWS for the model's task
     renames  the model's label -> CVAT's, where they differ
+    key      of the ledger's entry: one that is there already is not added again
 
     Deploying again with other settings replaces them. Raises NotFound, Invalid when the model is damaged, may not
     annotate (an INT8 model without a certificate) or cannot be what is asked for.
@@ -69,17 +71,18 @@ def deploy_to_cvat(
         card.ref,
         person,
         {"deployed": True, "kind": kind, "draws": draws, "renames": function.renames, "int8": is_int8},
+        key=key,
     )
     return function
 
 
-def withdraw_from_cvat(name: str, *, records: Records, person: str) -> None:
+def withdraw_from_cvat(name: str, *, records: Records, person: str, key: str | None = None) -> None:
     """CVAT is not shown the function any more; withdrawing it again changes nothing. Raises NotFound."""
     entries = records.entries(LEDGER, name, limit=1)
     if not entries:
         raise NotFound(f"Function {name!r} was never deployed to CVAT. The CVAT page lists those that are.")
     if entries[0].facts.get("deployed"):
-        records.add(LEDGER, name, entries[0].subject, person, {**entries[0].facts, "deployed": False})
+        records.add(LEDGER, name, entries[0].subject, person, {**entries[0].facts, "deployed": False, "key": key}, key=key)
 
 
 def served(*, models: ModelStore, records: Records, certificates: Certificates) -> list[Served]:

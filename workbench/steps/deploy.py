@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from workbench.dataset import check_dataset_name
 from workbench.errors import Invalid
-from workbench.model import parse_model_ref
+from workbench.model import ModelCard, parse_model_ref
 from workbench.ports import ModelStore, Tracker
 from workbench.records import Entry, Records
 from workbench.taxonomy import LabelMap, Taxonomy
@@ -42,8 +43,11 @@ class Offer:
 
 
 def deploy(dataset: str, model: str, *, models: ModelStore, records: Records, tracker: Tracker,
-           person: str) -> Deployment:
-    """Enters the deployment into the ledger and sets the alias `deployed` where the tracker knows the model.
+           person: str, key: str | None = None) -> Deployment:
+    """Enters the deployment into the ledger and sets the alias `deployed` where the tracker knows the model, or the one
+    that an INT8 version was made from.
+
+    key  of the ledger's entry: with one that is there already nothing changes
 
     Deploying what is deployed changes nothing. An older model is deployed again the same way: the newest entry counts.
     Raises NotFound when the store has no such model, Invalid when its files are damaged.
@@ -52,14 +56,16 @@ def deploy(dataset: str, model: str, *, models: ModelStore, records: Records, tr
     models.folder(model)  # verified: a damaged model must not become the annotator
     card = models.card(model)
     previous = records.deployed(dataset)
-    name, version = parse_model_ref(model)
+    if key is not None and any(entry.facts.get("key") == key for entry in records.entries("deployments", dataset)):
+        return Deployment(dataset, model, previous, changed=False)
+    name, version = parse_model_ref(origin(card))
     if any(registered.version == version for registered in tracker.versions(name)):
         tracker.set_alias(name, "deployed", version)
     if previous == model:
         return Deployment(dataset, model, previous, changed=False)
     records.add("deployments", dataset, model, person, {
         "previous": previous, "sha256": card.files[card.onnx]["sha256"], "labels": list(card.labels.labels),
-        "decoder": card.decoder, "trained_on": card.trained_on})
+        "decoder": card.decoder, "trained_on": card.trained_on, **({"key": key} if key else {})}, key=key)
     return Deployment(dataset, model, previous, changed=True)
 
 
@@ -77,23 +83,52 @@ def offers(dataset: str, taxonomy: Taxonomy, *, models: ModelStore, records: Rec
                                             *_newest_first(offer.model)))
 
 
-def champion_of(dataset: str, records: Records, at: str | None = None) -> str | None:
+def origin(card: ModelCard) -> str:
+    """The FP32 version that an INT8 one was made from; of every other model its own reference."""
+    return card.quantization.get("from") or card.ref
+
+
+def is_served_by(champion: str | None, deployed: str | None) -> bool:
+    """Whether what is deployed is the champion, in FP32 or INT8 (steps/quantize names that `<version>-int8`)."""
+    return champion is not None and deployed in (champion, f"{champion}-int8")
+
+
+def champion_of(dataset: str, records: Records, at: str | None = None, name: str | None = None) -> str | None:
     """The champion of a data set by our own ledger, None when there was none.
 
-    at  the end of that day ("2026-05-01") or that moment ("2026-05-01T12:00", "...+02:00"), UTC unless it says
-        otherwise; None: now. Raises Invalid for anything else.
+    at    the end of that day ("2026-05-01") or that moment ("2026-05-01T12:00", "...+02:00"), UTC unless it says
+          otherwise; None: now. Raises Invalid for anything else.
+    name  the registered model, as `champions` takes it
     """
-    for entry in champions(dataset, records, at):
+    for entry in champions(dataset, records, at, name):
         return entry.subject
     return None
 
 
-def champions(dataset: str, records: Records, at: str | None = None) -> list[Entry]:
+def champions(dataset: str, records: Records, at: str | None = None, name: str | None = None) -> list[Entry]:
     """Entries of the ledger "promotions" that changed who leads, promotions and rollbacks, newest first; those up to
-    `at`, as `champion_of` takes it."""
+    `at`, as `champion_of` takes it.
+
+    name  the registered model whose champions they are: each name has its own, whatever data sets it was promoted on.
+          None: `<data set>-detector`, or the name that was promoted last where that never had one
+    """
     until = _moment(at) if at else None
-    return [entry for entry in records.entries("promotions", dataset, limit=ALL)
-            if entry.facts.get("promoted") and (until is None or _moment(entry.at) <= until)]
+    entries = [entry for entry in records.entries("promotions", limit=ALL) if entry.facts.get("promoted")]
+    if name is None:
+        own = names_led(dataset, entries)
+        name = own[0] if own else f"{dataset}-detector"
+    return [entry for entry in entries if entry.subject.partition("@")[0] == name
+            and (until is None or _moment(entry.at) <= until)]
+
+
+def names_led(dataset: str, entries: Sequence[Entry]) -> list[str]:
+    """Names under which a data set has or had a champion, `<data set>-detector` first, then by the latest change.
+
+    entries  of the ledger "promotions", newest first
+    """
+    names = dict.fromkeys(entry.subject.partition("@")[0] for entry in entries
+                          if entry.dataset == dataset and entry.facts.get("promoted"))
+    return sorted(names, key=lambda name: name != f"{dataset}-detector")
 
 
 def _moment(text: str) -> datetime:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from workbench.blobs import Blobs
-from workbench.boxes import Detections
 from workbench.dataset import LabeledFrame, Manifest, check_dataset_name, parse_ref
 from workbench.errors import Invalid, NotFound
-from workbench.evaluation.paired import IOUS, RESAMPLES, differences, interval
+from workbench.evaluation.paired import RESAMPLES, drawn, interval
+from workbench.evaluation.primary import PRIMARY, counts, default_metric, figure
+from workbench.evaluation.regions import with_outlines
 from workbench.inference.detector import OpenBackend
 from workbench.model import ModelCard, parse_model_ref
 from workbench.ports import DatasetStore, Job, ModelStore, Tracker
 from workbench.records import Records
-from workbench.steps.deploy import champions
-from workbench.steps.evaluate import evaluate
-from workbench.steps.retrain import model_name
+from workbench.steps.deploy import ALL, champions
+from workbench.steps.evaluate import Evaluation, evaluate
+from workbench.steps.retrain import name_for
 
 # Two trainings that differ in their seed alone differ by about this much mAP@[.5:.95]; less is no progress.
 MARGIN = 0.005
-# Metric -> how many of COCO's IoU thresholds its AP is a mean over. More of each is better.
-PRIMARY = {"map_50_95": len(IOUS), "map_50": 1}
 # A challenger that is better on every one of n frames is so by chance with probability 2^-n (sign test); 6 is the first
 # n where that is below the 2.5 % that the interval leaves at its lower end.
 LEAST_FRAMES = 6
@@ -35,8 +34,9 @@ SEED = 0
 class Decision:
     """Who leads from now on and why.
 
-    challenger, champion  {"model", "map_50_95", "map_50", "per_class": {label: AP}, "sha256", "trained_on"}, scores
-                          None where a refusal came first; champion is the one that led before, None when there was none
+    challenger, champion  {"model", metric: score of all that the model has, "per_class": {label: its part in the primary
+                          metric, of map_50 too the AP@[.5:.95]}, "sha256", "trained_on"}, scores None where a refusal
+                          came first; champion is the one that led before, None when there was none
     promoted              the challenger leads now
     reason                one sentence for a person
     difference, interval  challenger - champion of the primary metric, and [low, high], its 95 % interval over `draws`
@@ -70,36 +70,44 @@ class Decision:
 
 def promote(
     dataset: str, candidate: str, version: str, *, split: str = "test", margin: float = MARGIN,
-    primary: str = "map_50_95", lower_is_better: bool = False, max_class_drop: float | None = None,
+    primary: str | None = None, lower_is_better: bool | None = None, max_class_drop: float | None = None,
     models: ModelStore, store: DatasetStore, blobs: Blobs, tracker: Tracker, records: Records,
     open_backend: OpenBackend, job: Job, person: str,
 ) -> Decision:
     """Scores candidate and champion on a split of a version and gives the alias `champion` to the better one.
+
+    The champion is that of the candidate's registered name: `<data set>-detector`, or the name its training was given.
 
     The candidate has to be better by more than `margin`, and surely so: the 95 % interval of the difference lies above
     0. The champion of before gets the alias `previous`. The decision with both scores is one entry of the ledger
     "promotions"; the same job again returns it and adds nothing.
 
     version          reference of the data set version whose split both are scored on
+    primary          one of PRIMARY; None: the primary metric that the candidate's training was asked for, else the one
+                     of its task (evaluation.primary.default_metric)
     lower_is_better  the direction of `primary`, for those who say it; True contradicts every metric there is
-    max_class_drop   no label's AP may fall by more than this; None: labels may be traded against each other
+    max_class_drop   no label's part in the metric may fall by more than this; None: labels may be traded against each other
 
-    A refusal (test frames that one of them was trained on, a score that is no number) is a Decision too. Raises Invalid
-    for a metric that does not exist or the wrong direction, when the split is empty or the candidate is not one of the
-    data set's registered models, NotFound.
+    A refusal (test frames that one of them was trained on, a score that is no number, a training that was asked for a
+    metric which only its recipe knows) is a Decision too. Raises Invalid for a metric that does not exist or the wrong
+    direction, when the split is empty or the candidate is not one of the data set's registered models, NotFound.
     """
-    name = model_name(check_dataset_name(dataset))
-    _check(dataset, version, primary, lower_is_better, margin, max_class_drop)
+    name = parse_model_ref(candidate)[0]
+    _check(check_dataset_name(dataset), version, primary, lower_is_better, margin, max_class_drop)
     key = f"promote:{job.id}"
     decision = _recorded(records, dataset, key)
     if decision is None:
         registered = {one.version: one for one in tracker.versions(name)}
-        if parse_model_ref(candidate)[0] != name or parse_model_ref(candidate)[1] not in registered:
+        if parse_model_ref(candidate)[1] not in registered:
             raise Invalid(f"{candidate} is not a registered version of {name}; there are "
                           f"{', '.join(registered) or 'none'}. Retrain on {dataset} to get one.")
+        name_for(dataset, name, store, models)
         champion = tracker.by_alias(name, "champion")
+        refusal = ""
+        if primary is None:
+            primary, refusal = _asked_metric(models.card(candidate), tracker, job)
         decision = _decide(dataset, candidate, f"{name}@{champion.version}" if champion else None, version, split,
-                           margin, primary, max_class_drop, models, store, blobs, tracker, open_backend, job)
+                           margin, primary, refusal, max_class_drop, models, store, blobs, tracker, open_backend, job)
         # First the ledger, then the aliases: a kill between the two is mended by the repeat, which finds the entry.
         facts = {**decision.to_json(), "job": job.id, "key": key}
         records.add("promotions", dataset, candidate, person, facts, key=key)
@@ -112,20 +120,42 @@ def promote(
 
 
 def _recorded(records: Records, dataset: str, key: str) -> Decision | None:
-    for entry in records.entries("promotions", dataset):
+    for entry in records.entries("promotions", dataset, limit=ALL):
         if entry.facts.get("key") == key:
             return Decision(**{field.name: entry.facts[field.name] for field in fields(Decision)
                                if field.name in entry.facts})
     return None
 
 
-def _check(dataset: str, version: str, primary: str, lower_is_better: bool, margin: float,
+def _asked_metric(card: ModelCard, tracker: Tracker, job: Job) -> tuple[str | None, str]:
+    """(the metric that the training was asked for by `primary_metric`, None for none; why it cannot decide, or "").
+
+    A recipe's own numbers decide nothing: only what we measure of both models on the same frames does.
+    """
+    try:
+        tags = tracker.run(card.run_id)["tags"] if card.run_id else {}
+    except NotFound as error:
+        job.log(f"What metric {card.ref} was trained for is not known: {error}")
+        tags = {}
+    asked, known = tags.get("primary_metric"), " or ".join(PRIMARY)
+    if asked is None:
+        return None, ""
+    choose = f"Promotion compares {known}, where more is better: name one of them as primary."
+    if asked not in PRIMARY:
+        return asked, (f"Refused: {card.ref} was trained for {asked!r}, which only its recipe measures, under a name of "
+                       f"its own. {choose}")
+    if tags.get("lower_is_better") == "true":
+        return asked, f"Refused: {card.ref} was trained with {asked} as a metric where less is better. {choose}"
+    return asked, ""
+
+
+def _check(dataset: str, version: str, primary: str | None, lower_is_better: bool | None, margin: float,
            max_class_drop: float | None) -> None:
     known = " or ".join(PRIMARY)
-    if primary not in tuple(PRIMARY):  # what comes as JSON may be unhashable
+    if primary not in (None, *PRIMARY):  # what comes as JSON may be unhashable
         raise Invalid(f"Promotion compares {known}; there is no metric {primary!r}.")
-    if not isinstance(lower_is_better, bool) or lower_is_better:
-        raise Invalid(f"Promotion compares {known}, and more of {primary} is better: lower_is_better must be false or "
+    if lower_is_better is not None and (not isinstance(lower_is_better, bool) or lower_is_better):
+        raise Invalid(f"Promotion compares {known}, and more of {primary or 'each'} is better: lower_is_better must be false or "
                       f"left out, got {lower_is_better!r}.")
     if parse_ref(version)[0] != dataset:
         raise Invalid(f"Promotion compares models on a version of {dataset}, {version} is none.")
@@ -144,11 +174,12 @@ def digest_of(frames: Sequence[LabeledFrame]) -> str:
 def lead(dataset: str, key: str, champion: str, previous: str | None, tracker: Tracker, records: Records) -> None:
     """Sets the aliases `champion` and `previous` as the ledger's entry `key` says, where that is the last change of
     champion: a job repeated long after must not undo a later one."""
-    if champions(dataset, records)[0].facts.get("key") != key:
+    name = parse_model_ref(champion)[0]
+    if champions(dataset, records, name=name)[0].facts.get("key") != key:
         return
     for alias, ref in (("previous", previous), ("champion", champion)):
         if ref is not None:
-            tracker.set_alias(model_name(dataset), alias, parse_model_ref(ref)[1])
+            tracker.set_alias(name, alias, parse_model_ref(ref)[1])
 
 
 def _tell_run(decision: Decision, tracker: Tracker, models: ModelStore) -> None:
@@ -159,26 +190,30 @@ def _tell_run(decision: Decision, tracker: Tracker, models: ModelStore) -> None:
                                   "promotion_on": f"{decision.version}/{decision.split}"})
 
 
-def _decide(dataset: str, candidate: str, champion: str | None, version: str, split: str, margin: float, primary: str,
-            max_class_drop: float | None, models: ModelStore, store: DatasetStore, blobs: Blobs, tracker: Tracker,
+def _decide(dataset: str, candidate: str, champion: str | None, version: str, split: str, margin: float,
+            primary: str | None, refusal: str, max_class_drop: float | None, models: ModelStore, store: DatasetStore, blobs: Blobs, tracker: Tracker,
             open_backend: OpenBackend, job: Job) -> Decision:
     record, manifest = store.version(version), store.manifest(version)
-    frames = manifest.split(split)
+    frames = with_outlines(manifest.split(split))
     if not any(one.annotations for one in frames):
-        raise Invalid(f"{version} has no labelled box in its {split} split, so nothing can be compared. Accept "
+        raise Invalid(f"{version} has no label in its {split} split, so nothing can be compared. Accept "
                       f"labelled frames of that split (upload gives every frame a split and `--split {split}` sets it) "
                       "and publish a version.")
     cards = {ref: models.card(ref) for ref in (candidate, champion) if ref}
+    primary = primary or default_metric(cards[candidate].task, frames)
+    task = PRIMARY.get(primary, "boxes")
+    names = [name for name, needed in PRIMARY.items() if needed == task or (needed, task) == ("boxes", "polygons")]
     scores: dict[str, dict[str, Any]] = {
         ref: {"model": ref, "sha256": card.files[card.onnx]["sha256"], "trained_on": card.trained_on,
-              "map_50_95": None, "map_50": None, "per_class": {}} for ref, card in cards.items()}
-
-    before = scores[champion] if champion else None
+              **dict.fromkeys(names), "per_class": {}} for ref, card in cards.items()}
 
     def decided(promoted: bool, reason: str, leaked: int = 0, **more: Any) -> Decision:
-        return Decision(dataset, version, split, promoted, reason, primary, margin, scores[candidate], before,
+        return Decision(dataset, version, split, promoted, reason, primary, margin, scores[candidate],
+                        scores[champion] if champion else None,
                         record.digest, len(frames), leaked, split_digest=digest_of(frames), **more)
 
+    if refusal:
+        return decided(False, refusal)
     for ref, card in cards.items():
         leaked = _leaked(card, manifest, split, store, models, job)
         if leaked:
@@ -187,30 +222,34 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
                                   "flattered. Compare on a version and split that neither was trained on.", len(leaked))
     if candidate == champion:
         return decided(False, f"{candidate} is the champion already.")
-    found: dict[str, dict[str, Detections]] = {}
+    scored: dict[str, Evaluation] = {}
     for ref, card in cards.items():
         job.check()
-        found[ref] = {}
-        if not card.labels.map_to(manifest.taxonomy).pairs:
+        if ref == champion and not card.labels.map_to(manifest.taxonomy).pairs:
             # A champion of before all labels were renamed finds none of today's.
-            scores[ref] |= {"map_50_95": 0.0, "map_50": 0.0}
+            scored[ref], scores[ref] = replace(scored[candidate], found={}), scores[ref] | dict.fromkeys(names, 0.0)
             continue
         try:
-            evaluation = evaluate(ref, version, split, models=models, store=store, blobs=blobs,
-                                  open_backend=open_backend, tracker=tracker, job=job)
+            scored[ref] = evaluate(ref, version, split, models=models, store=store, blobs=blobs,
+                                   open_backend=open_backend, tracker=tracker, job=job)
         except Invalid as error:
             return decided(False, f"Refused: {ref} cannot be scored. {error}")
-        metrics, found[ref] = evaluation.metrics, evaluation.found
-        scores[ref] |= {"map_50_95": metrics.map_50_95, "map_50": metrics.map_50,
-                        "per_class": {label: row["ap"] for label, row in metrics.per_class.items()}}
-    if before is None:
+        metrics = scored[ref].metrics
+        scores[ref] |= metrics.values
+        if primary not in metrics.values:
+            return decided(False, f"Refused: {ref} draws {card.task}, so on {version}/{split} it has no {primary}, only "
+                                  f"{', '.join(metrics.values)}. Name one of these as primary, or train models of "
+                                  "different tasks under different names (model_name).")
+        scores[ref]["per_class"] = metrics.by_label("map_50_95" if PRIMARY[primary] == "boxes" else primary)
+    if champion is None:
         return decided(*verdict(scores[candidate], None, margin, primary, max_class_drop))
     job.check()
-    draws, _ = differences({one.frame.name: one.annotations for one in frames}, found[candidate], found[champion],
-                           manifest.taxonomy, SEED, PRIMARY[primary])
-    within, boxed = interval(draws), sum(bool(one.annotations) for one in frames)
-    return decided(*verdict(scores[candidate], before, margin, primary, max_class_drop, within, boxed),
-                   difference=scores[candidate][primary] - before[primary], interval=within)
+    draws, _ = drawn(*(figure(primary, frames, scored[ref].found, scored[ref].metrics, manifest.taxonomy)
+                       for ref in (candidate, champion)), len(frames), SEED)
+    labelled = sum(any(counts(primary, annotation) for annotation in one.annotations or ()) for one in frames)
+    within = interval(draws)
+    return decided(*verdict(scores[candidate], scores[champion], margin, primary, max_class_drop, within, labelled),
+                   difference=scores[candidate][primary] - scores[champion][primary], interval=within)
 
 
 def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin: float = MARGIN,
@@ -219,10 +258,10 @@ def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin:
     """(does the challenger lead, why) by two sets of scores that were measured on the same frames.
 
     within  95 % interval of the difference challenger - champion; None: the scores alone decide
-    frames  number of those frames that have boxes
+    frames  number of those frames that have labels
     """
     for one in (challenger, champion):
-        if one is not None and not all(math.isfinite(one[key]) for key in PRIMARY):
+        if one is not None and not all(math.isfinite(one[key]) for key in PRIMARY if key in one):
             return False, f"Refused: the score of {one['model']} is not a number; its outputs are broken."
     new = challenger[primary]
     if champion is None:
@@ -239,7 +278,7 @@ def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin:
         return False, f"{told}: not better by more than {margin:g}, the champion stays."
     more = "Review more frames of that split and publish a version."
     if frames < LEAST_FRAMES:
-        return False, (f"{told}: with fewer than {LEAST_FRAMES} frames that have boxes the split is too small to tell "
+        return False, (f"{told}: with fewer than {LEAST_FRAMES} frames that have {PRIMARY[primary]} the split is too small to tell "
                        f"who is better; the champion stays. {more}")
     if within is not None and not within[0] > 1e-9:
         return False, (f"{told}: better by {new - old:.4f}, but the interval reaches down to 0, so the split is too "

@@ -10,9 +10,8 @@ from workbench.errors import Conflict, Invalid, NotFound
 from workbench.model import parse_model_ref
 from workbench.ports import Job, ModelStore, Tracker
 from workbench.records import Entry, Records
-from workbench.steps.deploy import champions
+from workbench.steps.deploy import ALL, champions
 from workbench.steps.promote import lead
-from workbench.steps.retrain import model_name
 
 
 @dataclass(frozen=True)
@@ -35,27 +34,33 @@ class Rollback:
         return asdict(self)
 
 
-def earlier(dataset: str, records: Records) -> Entry | None:
+def earlier(dataset: str, records: Records, name: str | None = None) -> Entry | None:
     """The ledger's entry that made the champion before the present one champion, None when there is none. After a
-    rollback that is the model rolled back from: a rollback can be rolled back."""
-    return _earlier(champions(dataset, records))
+    rollback that is the model rolled back from: a rollback can be rolled back.
+
+    name  the registered model, as `champions` takes it
+    """
+    return _earlier(champions(dataset, records, name=name))
 
 
-def rollback(dataset: str, *, to: str | None = None, models: ModelStore, tracker: Tracker, records: Records, job: Job,
-             person: str) -> Rollback:
+def rollback(dataset: str, *, to: str | None = None, name: str | None = None, models: ModelStore, tracker: Tracker,
+             records: Records, job: Job, person: str) -> Rollback:
     """Makes the champion before the present one champion again and the present one `previous`.
 
-    One entry of the ledger "promotions"; the same job again returns it and adds nothing. What is deployed stays so.
+    One entry of the ledger "promotions"; the same job again returns it and adds nothing. What is deployed stays so;
+    steps/redeploy brings back what was.
 
-    to  the model that the person expects to lead again
+    to    the model that the person expects to lead again
+    name  the registered model that gets its champion back: default that of `to`, else as `champions` says
 
     Raises Conflict when that would be another by now; Invalid when there is no earlier champion, or it cannot lead: its
     files are gone, damaged or others than those that won, or the tracker does not know it.
     """
-    name, key = model_name(check_dataset_name(dataset)), f"rollback:{job.id}"
-    done = _recorded(dataset, key, records)
+    key = f"rollback:{job.id}"
+    name = name or (parse_model_ref(to)[0] if to else None)
+    done = _recorded(check_dataset_name(dataset), key, records)
     if done is None:
-        entries = champions(dataset, records)
+        entries = champions(dataset, records, name=name)
         before = _earlier(entries)
         if before is None:
             raise Invalid(f"{dataset} has no champion before the present one, so there is nothing to go back to. "
@@ -63,7 +68,7 @@ def rollback(dataset: str, *, to: str | None = None, models: ModelStore, tracker
         if to is not None and before.subject != to:
             raise Conflict(f"The champion before the present one is {before.subject} by now, not {to}. Look again, "
                            "then roll back to that.")
-        _check_usable(before, name, models, tracker)
+        _check_usable(before, models, tracker)
         present = entries[0].subject
         done = Rollback(dataset, f"{before.subject} is champion again in place of {present}, rolled back by {person}; "
                         "nothing was measured.",
@@ -81,13 +86,13 @@ def _earlier(entries: list[Entry]) -> Entry | None:
 
 
 def _recorded(dataset: str, key: str, records: Records) -> Rollback | None:
-    for entry in champions(dataset, records):
+    for entry in records.entries("promotions", dataset, limit=ALL):
         if entry.facts.get("key") == key:
             return Rollback(**{field.name: entry.facts[field.name] for field in fields(Rollback)})
     return None
 
 
-def _check_usable(before: Entry, name: str, models: ModelStore, tracker: Tracker) -> None:
+def _check_usable(before: Entry, models: ModelStore, tracker: Tracker) -> None:
     ref = before.subject
     instead = "Promote another model instead."
     try:
@@ -100,6 +105,6 @@ def _check_usable(before: Entry, name: str, models: ModelStore, tracker: Tracker
     if won not in (None, given):
         raise Invalid(f"{ref} cannot be champion again: its file is another (sha256 {given[:12]}...) than the one that "
                       f"won ({won[:12]}...). {instead}")
-    model, version = parse_model_ref(ref)
-    if model != name or version not in {one.version for one in tracker.versions(name)}:
+    name, version = parse_model_ref(ref)
+    if version not in {one.version for one in tracker.versions(name)}:
         raise Invalid(f"{ref} cannot be champion again: it is no registered version of {name}. {instead}")

@@ -66,7 +66,8 @@ def test_a_request_is_answered_at_once_and_is_a_job_with_status_log_and_cancel(c
     client.get("/v1/jobs")
     start = time.monotonic()
     answer = client.post(path, json=body(parameters={"epochs": 3, "rate": 0.1, "size": "small", "shift": "-2"}, version="0.1.0",
-                                         primary_metric="loss", lower_is_better=True, model_name="cells-nightly"))
+                                         primary_metric="loss", lower_is_better=True, model_name="cells-nightly",
+                                         environment="locked", limits={"wall_s": 60}))
     assert answer.status_code == 202 and time.monotonic() - start < 10  # a second in peace; other tests share the cores
     told = answer.json()
     assert told["state"] == "queued" and answer.headers["location"] == told["status"] == f"{path}/{told['job_id']}"
@@ -75,7 +76,8 @@ def test_a_request_is_answered_at_once_and_is_a_job_with_status_log_and_cancel(c
     assert {key: value for key, value in status["args"].items() if key != "request"} == {
         "repository": f"{LISTED}/student.git", "commit": SHA, "location": "models/tiny", "experiment": "cells nightly",
         "version": "cells@0.1.0", "register_as": "cells-nightly", "primary": "loss", "lower_is_better": True,
-        "params": {"epochs": 3, "rate": 0.1, "size": "small", "shift": "-2"}}
+        "params": {"epochs": 3, "rate": 0.1, "size": "small", "shift": "-2"}, "environment": "locked",
+        "limits": {"wall_s": 60}}
     log = client.get(told["log"])
     assert log.status_code == 200 and log.headers["content-type"].startswith("text/plain")
     assert client.delete(told["status"]).json()["state"] == "cancelled"
@@ -176,6 +178,9 @@ def test_a_data_set_may_be_named_by_its_repository_and_the_project_is_always_all
     ({"experiment_name": "a\nb"}, "experiment_name must"),
     ({"primary_metric": "$(x)"}, "primary_metric must"),
     ({"branch": "main"}, "branch: Extra inputs"),
+    ({"environment": "docker"}, "An environment is current"),
+    ({"limits": {"gpus": 1}}, "There is no limit gpus to ask for; there are wall_s"),
+    ({"limits": {"wall_s": -1}}, "Limit wall_s must be a whole number"),
 ])
 def test_what_cannot_be_trained_is_one_sentence_and_no_job(client: TestClient, changed: dict[str, Any], says: str) -> None:
     answer = client.post("/retrain", content=json.dumps(body(**changed)), headers={"Content-Type": "application/json"})

@@ -54,8 +54,9 @@ class Promotions(Bench):
             replace(box, xyxy=tuple(value + 2 for value in BOX)) for box in one.annotations)) for one in manifest.frames)
         return store.publish(self.dataset, replace(manifest, frames=frames), "test", "ann <ann@example.org>").ref
 
-    def model(self, shift: float, trained_on: str = "", base_model: str = "", label: str = "cell", is_broken: bool = False) -> str:
-        folder = self.folder / f"made {shift} {trained_on} {base_model} {label} {is_broken}".replace("/", "-")
+    def model(self, shift: float, trained_on: str = "", base_model: str = "", label: str = "cell", is_broken: bool = False,
+              name: str = "", tags: dict[str, str] | None = None) -> str:
+        folder = self.folder / f"made {shift} {trained_on} {base_model} {label} {is_broken} {name}".replace("/", "-")
         folder.mkdir()
         _tiny().write_model(folder / "model.onnx", np.array(BOX) + shift, 0, 1)
         if is_broken:
@@ -64,8 +65,8 @@ class Promotions(Bench):
                 if tensor.name == "cls_logits_values":
                     tensor.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), np.nan), tensor.name))
             onnx.save(graph, folder / "model.onnx")
-        name, tracker = f"{self.dataset}-detector", self.parts["tracker"]
-        run_id = tracker.start_run(self.dataset, "made", {})
+        name, tracker = name or f"{self.dataset}-detector", self.parts["tracker"]
+        run_id = tracker.start_run(self.dataset, "made", tags or {})
         tracker.log_files(run_id, folder, "model")
         version = tracker.register(name, run_id, "model", {}).version
         card = ModelCard(name, version, InputSpec((64, 64)), {"name": "fcos", "confidence": 0.5, "iou": 0.6}, Taxonomy((label,)),
@@ -259,7 +260,7 @@ def test_what_cannot_be_compared_is_refused_with_what_to_do(bench: Promotions) -
     version, without = bench.publish(), None
     candidate = bench.model(0, version)
     without = bench.publish(("train", "train", "val"))
-    with pytest.raises(Invalid, match="no labelled box in its test split.*upload gives every frame a split"):
+    with pytest.raises(Invalid, match="no label in its test split.*upload gives every frame a split"):
         bench.promote(candidate, without)
     with pytest.raises(Invalid, match=f"is not a registered version of {bench.dataset}-detector; there are 1"):
         bench.promote(f"{bench.dataset}-detector@7", version)
@@ -267,12 +268,12 @@ def test_what_cannot_be_compared_is_refused_with_what_to_do(bench: Promotions) -
         bench.promote("yolox@1", version)
     with pytest.raises(NotFound):
         bench.promote(candidate, f"{bench.dataset}@9.9.9")
-    with pytest.raises(Invalid, match="compares map_50_95 or map_50; there is no metric 'mAP50-95'"):
+    with pytest.raises(Invalid, match="compares map_50_95 or map_50 or miou or .* or map; there is no metric 'mAP50-95'"):
         bench.promote(candidate, version, primary="mAP50-95")
     for wrong in (True, "yes", 1):
         with pytest.raises(Invalid, match="more of map_50 is better: lower_is_better must be false"):
             bench.promote(candidate, version, primary="map_50", lower_is_better=wrong)
-    for changed in ({"primary": "accuracy"}, {"primary": ["map_50"]}, {"margin": math.nan}, {"margin": -1}, {"margin": "0.1"}, {"margin": True},
+    for changed in ({"primary": "f2"}, {"primary": ["map_50"]}, {"margin": math.nan}, {"margin": -1}, {"margin": "0.1"}, {"margin": True},
                     {"max_class_drop": math.nan}, {"max_class_drop": 5}):
         with pytest.raises(Invalid, match="Promotion compares"):
             bench.promote(candidate, version, **changed)
@@ -403,3 +404,52 @@ def test_a_rollback_to_nothing_or_to_a_model_that_cannot_lead_is_refused(bench: 
     with pytest.raises(Invalid, match="@77 cannot be champion again: .*is not registered"):
         bench.rollback()
     assert bench.aliases() == (second, first) and len(bench.records.entries("promotions", bench.dataset)) == 7
+
+
+def test_a_name_of_its_own_has_a_champion_and_a_rollback_of_its_own(bench: Promotions) -> None:
+    version = bench.publish()
+    own = bench.model(4, version)
+    bench.promote(own, version)
+    first, second = (bench.model(shift, version, name=f"{bench.dataset}-night") for shift in (2, 1))
+    assert (first, second) == (f"{bench.dataset}-night@1", f"{bench.dataset}-night@2")
+    assert bench.promote(first, version, "job-2").champion is None, "it is the first of its name"
+    assert bench.promote(second, version, "job-3").champion["model"] == first
+    led = [champion_of(bench.dataset, bench.records, name=name) for name in (None, f"{bench.dataset}-night")]
+    assert led == [own, second] and bench.aliases() == (own, None)
+    assert earlier(bench.dataset, bench.records) is None
+    with pytest.raises(Invalid, match="no champion before the present one"):
+        bench.rollback()
+    assert bench.rollback("back-2", to=first).champion == {"model": second}
+    assert champion_of(bench.dataset, bench.records, name=f"{bench.dataset}-night") == first
+    assert bench.parts["tracker"].by_alias(f"{bench.dataset}-night", "champion").version == "1"
+    assert bench.rollback("back-3", name=f"{bench.dataset}-night").challenger["model"] == second
+    assert bench.aliases() == (own, None), "the data set's own champion stays"
+
+
+def test_a_data_set_whose_only_champion_has_another_name_is_led_by_that(bench: Promotions) -> None:
+    version = bench.publish()
+    night = bench.model(1, version, name=f"{bench.dataset}-night")
+    bench.promote(night, version)
+    assert champion_of(bench.dataset, bench.records) == night
+    own = bench.model(4, version)
+    bench.promote(own, version, "job-2")
+    assert champion_of(bench.dataset, bench.records) == own
+
+
+def test_the_metric_that_a_training_was_asked_for_decides_when_we_measure_it(bench: Promotions) -> None:
+    version = bench.publish()
+    asked = bench.model(2, version, tags={"primary_metric": "map_50", "lower_is_better": "false"})
+    decision = bench.promote(asked, version)
+    assert decision.promoted and decision.primary == "map_50" and "scores map_50 1.0000" in decision.reason
+    assert bench.promote(bench.model(1, version), version, "job-2").primary == "map_50_95"
+    assert bench.promote(asked, version, "job-3", primary="map_50_95").primary == "map_50_95", "who says one decides"
+
+
+def test_a_metric_of_the_recipe_s_own_or_a_renamed_one_is_refused_with_those_we_measure(bench: Promotions) -> None:
+    version = bench.publish()
+    for number, tags in enumerate(({"primary_metric": "mAP50-95"}, {"primary_metric": "val_loss", "lower_is_better": "true"},
+                                   {"primary_metric": "map_50", "lower_is_better": "true"})):
+        decision = bench.promote(bench.model(1 + number, version, tags=tags), version, f"job-{number}")
+        assert not decision.promoted and decision.reason.startswith("Refused: ") and "map_50_95 or map_50" in decision.reason
+        assert decision.challenger["map_50_95"] is None, "nothing is measured"
+    assert bench.alias("champion") is None and len(bench.records.entries("promotions", bench.dataset)) == 3
