@@ -9,9 +9,11 @@ from typing import Any
 import streamlit as st
 
 from app import session
+from workbench.evaluation.primary import task_of
 from workbench.recipe import Recipe, read_recipe, recipes
 from workbench.repository import allowed_list
 from workbench.steps.request import from_recipe, from_repository, parameters_of
+from workbench.steps.retrain import RECIPE, RECIPES
 from workbench.wiring import PROJECT
 
 # Given by the workbench, never by a person (steps/retrain.py).
@@ -46,7 +48,8 @@ def own(dataset: str) -> Asked | None:
     left, right = st.columns([2, 3], gap="large")
     with left:
         version = session.version_picker(dataset)
-        name = session.pick("recipe", "Recipe", names)
+        usual = RECIPES[_task(version)] if version else RECIPE
+        name = session.pick("recipe", "Recipe", sorted(names, key=lambda one: (one != usual, one)))
         if name is None:
             st.info(
                 "No recipe is committed in models/. Commit a folder with an MLproject there.", icon=":material/info:"
@@ -82,6 +85,12 @@ def own(dataset: str) -> Asked | None:
         ),
         name,
     )
+
+
+@st.cache_data(show_spinner=False, max_entries=100)
+def _task(version: str) -> str:
+    """What people drew on a version, which never changes."""
+    return task_of(session.workbench().datasets.manifest(version).frames)
 
 
 def from_git(dataset: str) -> Asked | None:

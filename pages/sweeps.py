@@ -11,8 +11,7 @@ from app import session, sweep_charts, times
 from app.sweep_charts import BEST, Line
 from app.training_form import GIT, OWN, Asked, form
 from workbench.errors import Invalid
-from workbench.evaluation.primary import PRIMARY, default_metric
-from workbench.evaluation.tags import is_tag
+from workbench.evaluation.primary import PRIMARY, default_metric, task_of
 from workbench.jobs import JobStatus
 from workbench.recipe import read_recipe
 from workbench.search_space import Space, read_space, suggest
@@ -113,11 +112,9 @@ def choices(is_git: bool) -> dict[str, Any]:
 
 @st.cache_data(show_spinner=False, max_entries=100)
 def metric_of(version: str) -> str:
-    """What models of a version are usually compared by: it says whether frames have tags or boxes. A version never
-    changes."""
+    """What models of a version are usually compared by: it says what people drew on it. A version never changes."""
     frames = session.workbench().datasets.manifest(version).frames
-    drawn = [one for frame in frames for one in frame.annotations or ()]
-    return default_metric("tags" if drawn and all(map(is_tag, drawn)) else "boxes", frames)
+    return default_metric(task_of(frames), frames)
 
 
 def arguments(dataset: str, asked: Asked, space: dict[str, Any], how: dict[str, Any], is_git: bool) -> dict[str, Any]:

@@ -28,6 +28,15 @@ def scored_from(record: dict[str, Any]) -> Scored:
     return (TagMetrics if record.get("task") == "tags" else Metrics).from_json(record)
 
 
+def task_of(frames: Sequence[LabeledFrame]) -> str:
+    """What people drew on frames, so what a model of theirs is to draw: "tags" where all are tags of whole frames,
+    "polygons" where all have an outline, "boxes" else, also where nobody has drawn yet."""
+    drawn = [one for frame in frames for one in frame.annotations or ()]
+    if drawn and all(map(is_tag, drawn)):
+        return "tags"
+    return "polygons" if drawn and all(one.polygon is not None or one.mask is not None for one in drawn) else "boxes"
+
+
 def default_metric(task: str, frames: Sequence[LabeledFrame]) -> str:
     """What decides between models of a task (families.TASKS) where nobody says: of tags accuracy, where no frame has
     several, else map; of polygons miou, where the truth has some; of all others map_50_95."""

@@ -31,6 +31,8 @@ from workbench.steps.trained import TRY_AGAIN, log_epochs, publish, results
 from workbench.steps.training import Training
 
 RECIPE = "efficientnet_lite0_fcos"
+# What people drew on a version (evaluation.primary.task_of) -> the recipe that is offered first for it.
+RECIPES = {"boxes": RECIPE, "polygons": "segmentation", "tags": "classification"}
 # Threads that read a version once before it is trained on.
 READERS = 4
 # Begins with a letter or digit, so that no command line reads it as an option.

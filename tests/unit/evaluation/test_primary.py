@@ -12,7 +12,7 @@ from workbench.boxes import Detections
 from workbench.dataset import Frame, LabeledFrame
 from workbench.evaluation.metrics import score
 from workbench.evaluation.paired import drawn, interval
-from workbench.evaluation.primary import PRIMARY, counts, default_metric, figure
+from workbench.evaluation.primary import PRIMARY, counts, default_metric, figure, task_of
 from workbench.evaluation.regions import score_regions
 from workbench.evaluation.tags import score_tags
 from workbench.taxonomy import Taxonomy
@@ -86,3 +86,13 @@ def test_each_task_has_the_metric_it_is_decided_by() -> None:
     assert default_metric("tags", [frame(tag), frame(tag, Annotation("blue"))]) == "map"
     assert [counts("accuracy", one) for one in (tag, box, outline)] == [True, False, False]
     assert [counts("miou", one) for one in (tag, box, outline)] == [False, True, True]
+
+
+def test_what_people_drew_says_what_a_model_of_theirs_is_to_draw() -> None:
+    box, tag = Annotation("red", (1, 1, 9, 9)), Annotation("red")
+    outline = Annotation("red", (4, 4, 36, 36), tuple(map(tuple, ring(0).tolist())))
+    of = {name: LabeledFrame(Frame(name, 40, 40, "0" * 32), drawn_, "train") for name, drawn_ in {
+        "box": (box,), "tag": (tag,), "outline": (outline,), "mixed": (box, outline), "empty": (), "unseen": None}.items()}
+    for names, task in (("box", "boxes"), ("tag empty", "tags"), ("outline unseen", "polygons"), ("mixed", "boxes"),
+                        ("tag box", "boxes"), ("empty unseen", "boxes"), ("", "boxes")):
+        assert task_of([of[name] for name in names.split()]) == task, names

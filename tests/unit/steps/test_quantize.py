@@ -294,7 +294,7 @@ class TestRefusals:
 
     def test_a_model_that_draws_no_boxes(self, stores: Stores) -> None:
         stores.models.register(graphs.red_tags(stores.home / "t"), stores.home / "t")
-        with pytest.raises(Invalid, match="tags@1 tags whole pictures"):
+        with pytest.raises(Invalid, match="tags@1 draws tags; certificates are about boxes"):
             stores.quantize("tags@1")
 
     def test_what_does_not_exist(self, stores: Stores) -> None:
