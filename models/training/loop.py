@@ -22,6 +22,7 @@ from training.state import State, schedule, update_average
 from training.tracking import Tracker
 
 # What may differ between the process that wrote a checkpoint and the one that goes on from it.
+BAD_GRADIENTS = 10  # steps in a row without a usable gradient, after which it is the training and not the arithmetic
 _FREE = {"data", "output", "base_weights", "teacher", "teacher_card", "threads", "processes", "name"}
 
 
@@ -145,7 +146,7 @@ def _one_epoch(state: State, options: argparse.Namespace, course: Course, model:
     passes = math.ceil(state.steps_per_epoch * options.batch_size / course.counts[0])
     order = np.concatenate([rng.permutation(course.counts[0]) for _ in range(passes)])
     sums: dict[str, float] = {}
-    count, timed = 0, None
+    count, bad, timed = 0, 0, None
     while count < state.steps_per_epoch:
         indices = order[count * options.batch_size : (count + 1) * options.batch_size][rank::world]
         state.progress = first + (1 - first) / (state.epochs - state.epoch) * count / state.steps_per_epoch
@@ -164,8 +165,15 @@ def _one_epoch(state: State, options: argparse.Namespace, course: Course, model:
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        state.scaler.step(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        # The scaler of float16 leaves such a step out by itself. In bfloat16 on a CPU single gradients come out as NaN, at
+        # other steps in each run (oneDNN; seen with SSDLite): one would spoil all weights.
+        if torch.isfinite(norm) or state.scaler.is_enabled():
+            state.scaler.step(state.optimizer)
+            bad = 0
+        elif (bad := bad + 1) > BAD_GRADIENTS:
+            raise TrainingError(f"{bad} steps in a row gave gradients that are no numbers (epoch {state.epoch + 1}, step "
+                                f"{count + 1}). Lower lr (now {options.lr}) and lr_backbone (now {options.lr_backbone}).")
         state.scaler.update()
         state.step += 1
         count += 1

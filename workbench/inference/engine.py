@@ -128,7 +128,8 @@ def cast_first(model: Any) -> Any:
         return model
     bytes_still, moved = {given.name}, False
     for node in model.graph.node:
-        if bytes_still.isdisjoint(node.input) or node.op_type == "Cast":
+        # To ask for its shape is no computing with it.
+        if bytes_still.isdisjoint(node.input) or node.op_type in ("Cast", "Shape"):
             continue
         if node.op_type not in MOVING or node.input[0] not in bytes_still:
             return model  # something really computes with bytes: the parser names it

@@ -214,6 +214,7 @@ class SideBySide:
                 if not training.processes():
                     self._launch(trial, training, watch)
                 training.follow(watch)
+            watch.catch_up()
             return trial.ended("complete", value=value_of(training, results(training), self._shared.metric))
         except Ends as ends:
             return ends.trial

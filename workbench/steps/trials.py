@@ -138,16 +138,26 @@ class Watch:
 
     def check(self) -> None:
         self._ending(self._trial)
-        new = [point for point in curve(self._training, self._metric) if point[0] > self._judged]
-        for epoch, value in new:
+        behind = self.catch_up()
+        # A training at its last epoch is as good as done.
+        if behind and self._training.history()[-1].get("epochs") != self._judged:
+            epoch, value = behind[0]
+            raise Ends(self._trial.ended("pruned", f"{self._metric} {value:.4g} in epoch {epoch} falls behind the other "
+                                                   "trials."))
+
+    def catch_up(self) -> list[tuple[int, float]]:
+        """Tells the search every epoch since the last look, which may be several, also those of a training that ended
+        before anybody looked; returns those that fall behind. Raises Ends for a value that is no number."""
+        behind = []
+        for epoch, value in curve(self._training, self._metric):
+            if epoch <= self._judged:
+                continue
             self._judged = epoch
             if not math.isfinite(value):
                 raise Ends(self._trial.ended("failed", f"{self._metric} is {value} in epoch {epoch}: it did not learn."))
-            falls_behind = self._judge(epoch, value)
-        # A training at its last epoch is as good as done.
-        if new and falls_behind and self._training.history()[-1].get("epochs") != epoch:
-            raise Ends(self._trial.ended("pruned", f"{self._metric} {value:.4g} in epoch {epoch} falls behind the other "
-                                                   "trials."))
+            if self._judge(epoch, value):
+                behind.append((epoch, value))
+        return behind
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         return None

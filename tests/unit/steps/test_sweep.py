@@ -240,7 +240,7 @@ def test_what_a_trial_was_seen_to_need_decides_how_many_run_at_once(bench: Bench
     # Free memory for two of the 0.25 GiB that a trial has at least, and a first guess that fits once.
     monkeypatch.setattr("workbench.steps.side_by_side.free_memory", lambda: int(0.7 * 2**30))
     job = Quiet(id="s1")
-    run(bench, bench.publish(), {"learning_rate": [0.1, 0.2, 0.3]}, job, sampler="grid", params={"epochs": 2}, memory_gb=0.5)
+    run(bench, bench.publish(), {"learning_rate": [0.1, 0.2, 0.3]}, job, sampler="grid", params={"epochs": 2, "pause_s": 0.5}, memory_gb=0.5)
     told = [line for line in job.lines if "at once with" in line]
     assert [line.split()[0] for line in told] == ["1", "2"] and "of which a trial needs 0.5" in told[0]
     assert all(one.memory > 0 for one in read_trials(folder(bench)))
