@@ -230,7 +230,8 @@ def _cause(rule: Rule, store: DatasetStore, records: Records, now: datetime) -> 
     if rule.kind == "accepted":
         for entry in records.entries("pulls", rule.dataset, limit=1):
             ref = entry.facts.get("published") or f"{rule.dataset}@{entry.facts.get('next')}"
-            if entry.at > rule.at and entry.facts.get("jobs") and any(
+            # At one and the same millisecond the rule was there first: people do not set rules for what they just did.
+            if entry.at >= rule.at and entry.facts.get("jobs") and any(
                     one.ref == ref for one in store.versions(rule.dataset)):
                 return ref, f"Work accepted in CVAT was published as {ref}"
         return None
