@@ -361,7 +361,9 @@ def test_the_command_watches_a_video_and_ctrl_c_ends_it_cleanly(tmp_path: Path) 
     environ = {**os.environ, "WORKBENCH_BACKEND": "onnxruntime"}
     subprocess.run([*command, "models", "add", str(model)], check=True, cwd=PROJECT, env=environ, capture_output=True)
     process = subprocess.Popen([*command, "watch", str(cameras), "--dataset", "yard", "--model", "finder@1"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT, env=environ)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT, env=environ,
+                               # What a shell started in the background ignores it, and so would its children.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     lines = []
     while "events 1" not in (line := process.stdout.readline()) and line:
         lines.append(line)
