@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from workbench.errors import WorkbenchError
 from workbench.hooks import SIGNATURE
+from workbench.service.looks import Looks
 from workbench.service.refusals import Refusal
 from workbench.steps.cvat_pull import NotSigned, look, receive
 from workbench.wiring import Workbench
@@ -20,12 +20,14 @@ LOG = logging.getLogger(__name__)
 MOST_BYTES = 256 << 10
 
 
-class CvatHooks:
-    """The endpoint, and a thread that looks while the service runs."""
+class CvatHooks(Looks):
+    """The endpoint, and the looks at CVAT, when the settings name one."""
 
     def __init__(self, workbench: Workbench) -> None:
-        self._workbench, self._stop = workbench, threading.Event()
-        self._thread: threading.Thread | None = None
+        config = workbench.config
+        every_s = min(5.0, config.cvat_look_s) if config.cvat_url and config.cvat_look_s > 0 else 0
+        super().__init__("CVAT", every_s)
+        self._workbench = workbench
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -48,35 +50,16 @@ class CvatHooks:
     def submit(self, dataset: str, token: str) -> str:
         return self._workbench.jobs.submit("pull", {"dataset": dataset}, person=self._workbench.config.person, key=token)
 
-    def start(self) -> None:
-        """Begins to look at CVAT, when the settings name one."""
-        config = self._workbench.config
-        if config.cvat_url and config.cvat_look_s > 0:
-            self._thread = threading.Thread(target=self._run, name="cvat-looks", daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(5)
-
     def look_once(self) -> None:
         """One look at every data set whose turn it is; a failure is told in the log and costs the others nothing."""
         every_s = self._workbench.config.cvat_look_s
         for dataset in self._workbench.cvat.datasets():
-            if self._stop.is_set() or not self._workbench.hooks.looks(dataset, every_s):
+            if self.is_ending or not self._workbench.hooks.looks(dataset, every_s):
                 continue
             try:
                 look(dataset, server=self._workbench.cvat, hooks=self._workbench.hooks, submit=self.submit)
             except WorkbenchError as error:
                 LOG.warning("The look at %s in CVAT failed: %s", dataset, error)
-
-    def _run(self) -> None:
-        while not self._stop.wait(min(5.0, self._workbench.config.cvat_look_s)):
-            try:
-                self.look_once()
-            except Exception:  # the database, say: the next turn tries again
-                LOG.exception("Looking at CVAT failed.")
 
 
 async def _body(request: Request) -> bytes:

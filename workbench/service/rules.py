@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 from workbench.errors import Invalid, WorkbenchError
+from workbench.service.looks import Looks
 from workbench.steps.rules import RULES, look
 from workbench.wiring import Workbench
 
 LOG = logging.getLogger(__name__)
 
 
-class RuleLooks:
+class RuleLooks(Looks):
     """Looks every `retrain_look_s` seconds while the service runs; what several processes decide at once is done once.
 
     Raises Invalid for a setting below 0.
     """
 
     def __init__(self, workbench: Workbench) -> None:
-        self._workbench, self._stop = workbench, threading.Event()
-        self._every_s = workbench.config.retrain_look_s
-        if self._every_s < 0:
-            raise Invalid(f"Setting retrain_look_s must be 0 or more, is {self._every_s}.")
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        if self._every_s:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._run, name="rules", daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(5)
+        every_s = workbench.config.retrain_look_s
+        if every_s < 0:
+            raise Invalid(f"Setting retrain_look_s must be 0 or more, is {every_s}.")
+        super().__init__("the rules", every_s)
+        self._workbench = workbench
 
     def look_once(self) -> None:
         """One look at every data set that has a rule; a failure is told in the log and costs the others nothing."""
         workbench = self._workbench
         for dataset in sorted({entry.dataset for entry in workbench.records.entries(RULES, limit=10_000)}):
-            if self._stop.is_set():
+            if self.is_ending:
                 return
             try:
                 for event in look(dataset, store=workbench.datasets, models=workbench.models, records=workbench.records,
@@ -58,10 +47,3 @@ class RuleLooks:
     def _waiting(self) -> list[dict]:
         return [job.args for state in ("queued", "running")
                 for job in self._workbench.jobs.list(1000, "retrain", state)]
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
-            try:
-                self.look_once()
-            except Exception:  # the database, say: the next turn tries again
-                LOG.exception("Looking at the rules failed.")
