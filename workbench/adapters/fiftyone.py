@@ -9,12 +9,14 @@ that the app saved in between would be lost. It also spares every reader the lib
 from __future__ import annotations
 
 import atexit
+import email.message
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
-import sys
 import random
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +39,7 @@ DATABASE = "fiftyone"  # FiftyOne's default database_name
 TIMEOUT_MS = 3000
 BATCH = 500
 LABEL_FIELDS = ("labels", "polygons", "frame_labels")
+_IMPORTING = threading.Lock()
 OURS = ("annotation_id", "source", "details")  # of every label; `details` is the attributes as JSON
 STRINGS = ("frame_name", "md5", "split", "status", "reviewed_by", "reviewed_at", "frame", "runs", "write_id")
 # Ends the id of what a person drew in the app, whose first 24 digits are FiftyOne's own id of it.
@@ -245,17 +248,25 @@ class FiftyOneServer:
 
 
 def _import_fiftyone() -> Any:
-    """The module. Its dependency eta reads metadata keys that may be absent and expects None, which is what they give
-    until something (MLflow, for one) imports importlib_metadata: that raises KeyError."""
-    message = getattr(sys.modules.get("importlib_metadata._adapters"), "Message", None)
-    strict = vars(message).get("__getitem__") if message is not None else None
-    if strict is not None:
-        del message.__getitem__
-    try:
-        import fiftyone
-    finally:
-        if strict is not None:
-            message.__getitem__ = strict
+    """The module. It and its dependency eta read keys of their packages' metadata that may be absent and expect None
+    for them; once importlib_metadata is imported (by MLflow, for one) such a key raises KeyError instead."""
+    with _IMPORTING:
+        strict = importlib.metadata.metadata
+
+        def lenient(name: str) -> Any:
+            found = strict(name)
+            if not name.startswith(("fiftyone", "eta", "voxel51")):
+                return found
+            plain = email.message.Message()
+            for key, value in found.items():
+                plain[key] = value
+            return plain
+
+        importlib.metadata.metadata = lenient  # type: ignore[assignment]
+        try:
+            import fiftyone
+        finally:
+            importlib.metadata.metadata = strict
     return fiftyone
 
 

@@ -85,6 +85,7 @@ class SideBySide:
         self._tracker, self._models, self._blobs = tracker, models, blobs
         self._gpus, self._slots = visible_gpus(), None
         self._lock = threading.RLock()
+        self._forgetting = threading.Lock()  # two trials that end together may both let go of one whose model lost
         self._order = ""  # a key of WHY_STOPPED, or "leave", once the running trials are to end
         self.trials = read_trials(whole.folder)
         self.spent: float = (whole.read("now.json") or {}).get("spent_s", 0.0)
@@ -272,9 +273,10 @@ class SideBySide:
     def _forget(self, trial: Trial) -> None:
         """Removes a trial's weights, here and in the tracker."""
         training = self._training(trial)
-        if (training.output / "model.onnx").exists() and trial.run_id:
-            self._tracker.delete_files(trial.run_id, "model")
-        trim(training)
+        with self._forgetting:
+            if (training.output / "model.onnx").exists() and trial.run_id:
+                self._tracker.delete_files(trial.run_id, "model")
+            trim(training)
 
     def _record(self, trial: Trial) -> None:
         """Writes a trial down; only its own thread calls this. What was found out meanwhile is kept."""
