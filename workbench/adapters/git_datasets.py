@@ -39,6 +39,8 @@ BUMPS = ("major", "minor", "patch")
 # 10,000 frames with 75,000 boxes take 50 MB in memory and 3 s to read; pages and steps ask for the latest one often.
 MANIFESTS_KEPT = 2
 _LOOKUPS = 16
+# A file system's clock may step by as much: what changed so lately may change again and look the same.
+REFS_SETTLE_S = 2.0
 
 
 class GitDatasets:
@@ -47,13 +49,22 @@ class GitDatasets:
     def __init__(self, folder: Path, blobs: Blobs) -> None:
         self._folder, self._blobs = Path(folder).absolute(), blobs
         self._read = lru_cache(maxsize=MANIFESTS_KEPT)(_read_manifest)  # keyed by commit: it never changes
+        self._versions: dict[str, tuple[object, list[DatasetVersion]]] = {}  # data set -> its refs' state, versions
 
     def names(self) -> list[str]:
         names = (path.name.removesuffix(".git") for path in self._folder.glob("*.git") if path.is_dir())
         return sorted(name for name in names if DATASET_NAME.fullmatch(name))
 
     def versions(self, dataset: str) -> list[DatasetVersion]:
-        return _Repository(self._existing(dataset)).versions(dataset)[0]
+        path = self._existing(dataset)
+        refs = _state_of_refs(path)
+        kept = self._versions.get(dataset)
+        if kept is not None and kept[0] == refs:
+            return list(kept[1])
+        found = _Repository(path).versions(dataset)[0]
+        if time.time() - max(changed for _, changed, _ in refs) > REFS_SETTLE_S:
+            self._versions[dataset] = refs, found
+        return list(found)
 
     def version(self, ref: str) -> DatasetVersion:
         dataset, number = parse_ref(ref)
@@ -262,6 +273,20 @@ def _create(path: Path, lock: int) -> None:
     repository("init", "--quiet", "--bare", "--template=", "--initial-branch=main")
     # Hidden from receive-pack, a ref cannot be pushed to: versions come from `publish` alone and never move.
     repository("config", "receive.hideRefs", "refs")
+
+
+def _state_of_refs(repository: Path) -> tuple[tuple[int, float, int], ...]:
+    """Inode, time of change in seconds and size of all that git touches when it makes, moves or removes a ref: it
+    renames each new file into its folder."""
+    found = []
+    for name in ("packed-refs", "refs", "refs/tags", "refs/heads"):
+        try:
+            stat = os.stat(repository / name)
+        except FileNotFoundError:
+            found.append((0, 0.0, 0))
+            continue
+        found.append((stat.st_ino, max(stat.st_mtime, stat.st_ctime), stat.st_size))
+    return tuple(found)
 
 
 def _read_manifest(repository: Path, version: DatasetVersion) -> Manifest:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from workbench.adapters import git_datasets
 from workbench.adapters.git_datasets import GitDatasets
 from workbench.annotation import Annotation
 from workbench.blobs import Blobs
@@ -295,6 +296,32 @@ def test_a_tag_that_somebody_put_in_the_way_is_left_alone(store: GitDatasets, th
     assert store.versions("cells") == [made]  # a tag without our facts is no version
     assert git(repository, "rev-parse", "main", "v0.1.1").split() == [made.commit] * 2
     assert store.publish("cells", more, "Second", "Ann", bump="minor").version == "0.2.0"
+
+
+def test_versions_are_listed_without_git_until_a_ref_changes(
+    store: GitDatasets, blobs: Blobs, three: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store.publish("cells", three, "First", "Ann")
+    repository = Path(store.checkout_url("cells"))
+    asked = []
+    whole = git_datasets._Repository.versions
+    monkeypatch.setattr(git_datasets._Repository, "versions", lambda *given: asked.append(given) or whole(*given))
+
+    for _ in range(2):  # a ref that moved just now may move again within the clock's step
+        store.versions("cells")
+    assert len(asked) == 2
+
+    monkeypatch.setattr(git_datasets, "REFS_SETTLE_S", -1.0)
+    listed = store.versions("cells")
+    listed.clear()  # what a caller does with the list is theirs
+    assert [store.versions("cells") for _ in range(3)] == [[first]] * 3 and len(asked) == 3
+    # By another process: a new version, one packed away, one removed.
+    second = GitDatasets(repository.parent, blobs).publish("cells", replace(three, frames=three.frames[:2]), "Second", "Ann")
+    assert store.versions("cells") == [second, first]
+    git(repository, "pack-refs", "--all")
+    assert store.versions("cells") == [second, first]
+    git(repository, "update-ref", "-d", f"refs/tags/v{second.version}")
+    assert store.versions("cells") == [first]
 
 
 def test_labels_changed_behind_the_tag_are_found(store: GitDatasets, three: Manifest, tmp_path: Path) -> None:
