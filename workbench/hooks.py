@@ -23,6 +23,7 @@ import sqlalchemy as sa
 
 from workbench.dataset import check_dataset_name
 from workbench.errors import Invalid
+from workbench.records import alone, reading
 
 SIGNATURE = "X-Signature-256"
 # A message older than this is refused; a server that could not deliver for longer is caught up with by the next look.
@@ -84,7 +85,8 @@ class Hooks:
 
     def __init__(self, engine: sa.Engine, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._engine, self._folder, self.clock = engine, Path(folder), clock
-        metadata.create_all(engine, checkfirst=True)
+        with alone(engine) as connection:
+            metadata.create_all(connection)
 
     def secret(self, dataset: str) -> str | None:
         try:
@@ -106,7 +108,7 @@ class Hooks:
         self._file(dataset).unlink(missing_ok=True)
 
     def followed(self, dataset: str) -> Followed:
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(sa.select(followed).where(followed.c.dataset == dataset)).first()
         return Followed(**row._mapping) if row else Followed(dataset)
 
@@ -116,7 +118,7 @@ class Hooks:
             connection.execute(followed.update().where(followed.c.dataset == dataset).values(**columns))
 
     def is_taken(self, message: str) -> bool:
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             return connection.execute(sa.select(taken.c.at).where(taken.c.digest == message)).first() is not None
 
     def take(self, message: str) -> bool:

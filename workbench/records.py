@@ -94,7 +94,7 @@ class Records:
 
     def leased(self, dataset: str) -> dict[str, str]:
         """frame -> holder, of the leases that still run."""
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             rows = connection.execute(sa.select(leases).where(leases.c.dataset == dataset, leases.c.until > self._clock()))
             return {row.frame: row.holder for row in rows}
 
@@ -118,7 +118,7 @@ class Records:
             query = query.where(table.c.dataset == dataset)
         if subject is not None:
             query = query.where(table.c.subject == subject)
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             return [Entry(row.id, row.dataset, row.subject, row.person, row.at, json.loads(row.facts))
                     for row in connection.execute(query)]
 
@@ -138,6 +138,11 @@ def alone(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
+def reading(engine: sa.Engine) -> sa.Connection:
+    """A connection for reading only: in SQLite it neither waits for a writer nor makes one wait."""
+    return engine.connect().execution_options(is_reading=True)
+
+
 def open_database(url: str) -> sa.Engine:
     """An engine that several processes may share: SQLite waits for its writers instead of failing."""
     # Of SQLAlchemy's drivers of Postgres, psycopg is the one that is installed.
@@ -154,5 +159,6 @@ def open_database(url: str) -> sa.Engine:
         @sa.event.listens_for(engine, "begin")
         def _begin(connection: Any) -> None:
             # Take the write lock at the start, so that two writers wait for each other instead of failing half-way.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            is_reading = connection.get_execution_options().get("is_reading")
+            connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
     return engine

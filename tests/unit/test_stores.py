@@ -7,11 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from workbench.blobs import Blobs
 from workbench.config import Config
 from workbench.errors import Conflict, Invalid, NotFound
-from workbench.records import Records
+from workbench.records import LEDGERS, Records, alone, reading
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -81,6 +82,16 @@ def test_a_ledger_keeps_its_order_and_takes_a_key_once(records: Records) -> None
     records.add("reviews", "d", "g", "bob")
     assert [(entry.subject, entry.person) for entry in records.entries("reviews", "d")] == [("g", "bob"), ("f", "ann")]
     assert records.entries("reviews", "d", subject="f")[0].facts == {"decision": "accepted"}
+
+
+def test_a_reader_does_not_wait_for_a_writer(records: Records) -> None:
+    records.add("uploads", "d", "s", "ann")
+    with alone(records.engine) as writing:
+        writing.execute(LEDGERS["uploads"].delete())
+        with reading(records.engine) as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout=0")
+            assert connection.execute(sa.select(LEDGERS["uploads"].c.subject)).scalars().all() == ["s"]
+    assert records.entries("uploads", "d") == []
 
 
 def test_the_latest_deployment_counts(records: Records) -> None:

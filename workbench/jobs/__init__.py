@@ -26,7 +26,7 @@ from workbench.errors import Conflict, Invalid, NotFound, Unavailable
 from workbench.jobs.tables import (APPLICATION, STATES, WORKFLOW, database_time, has_process, items, jobs, lane,
                                    lanes_of, log, machine, metadata, workers)
 from workbench.ports import Job
-from workbench.records import alone, now
+from workbench.records import alone, now, reading
 
 LOOK_S = 0.2  # how often somebody who waits looks
 
@@ -111,9 +111,9 @@ class Jobs:
         try:
             with self._engine.begin() if most_queued is None else alone(self._engine) as connection:
                 if most_queued is not None:
-                    waiting = set(connection.execute(sa.select(jobs.c.id).where(
-                        sa.or_(jobs.c.id == job_id, sa.and_(jobs.c.kind == kind, jobs.c.state == "queued")))).scalars())
-                    if job_id not in waiting and len(waiting) >= most_queued:
+                    waiting = connection.scalar(sa.select(sa.func.count()).where(
+                        jobs.c.kind == kind, jobs.c.state == "queued"))
+                    if waiting >= most_queued and not connection.scalar(sa.select(jobs.c.id).where(jobs.c.id == job_id)):
                         raise QueueFull(f"{most_queued} {kind} jobs wait already. Submit it again when one has begun.")
                 connection.execute(jobs.insert(), row)
         except sa.exc.IntegrityError:
@@ -143,7 +143,7 @@ class Jobs:
 
     def counts(self) -> dict[tuple[str, str], int]:
         """(kind, state) -> number of jobs; what there is none of is left out."""
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(
                 sa.select(jobs.c.kind, jobs.c.state, sa.func.count()).group_by(jobs.c.kind, jobs.c.state))
             return {(kind, state): count for kind, state, count in rows}
@@ -162,14 +162,14 @@ class Jobs:
     def log_lines(self, job_id: str) -> list[str]:
         """Oldest first, each with its time."""
         self.get(job_id)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(sa.select(log).where(log.c.job == job_id).order_by(log.c.id))
             return [f"{row.at} {row.text}" for row in rows]
 
     def failed_items(self, job_id: str) -> dict[str, str]:
         """item -> reason, sorted by item."""
         self.get(job_id)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(sa.select(items).where(items.c.job == job_id).order_by(items.c.item))
             return {row.item: row.reason for row in rows}
 
@@ -185,7 +185,7 @@ class Jobs:
 
     def workers(self) -> list[Worker]:
         """The workers that live: by process id on this machine, by a fresh beat on others."""
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows, at = list(connection.execute(sa.select(workers))), database_time(connection)
         return [Worker(row.id, row.machine, row.pid) for row in rows
                 if (has_process(row) if row.machine == self._machine else at - row.beat < self._config.worker_dead_s)]
@@ -215,7 +215,7 @@ class Jobs:
     def _read(self, condition: Any, limit: int) -> list[JobStatus]:
         failed = sa.select(sa.func.count()).where(items.c.job == jobs.c.id).scalar_subquery()
         query = sa.select(jobs, failed.label("failed")).where(condition)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows = list(connection.execute(query.order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)))
         return [JobStatus(
             row.id, row.kind, json.loads(row.args), row.person, row.state, row.done, row.total, row.note, row.failed,

@@ -19,7 +19,7 @@ from workbench.errors import Cancelled, Invalid, WorkbenchError
 from workbench.jobs.tables import (APPLICATION, LANES, VERSION, WORKFLOW, database_time, has_process, items, jobs, lane,
                                    workers, write_log)
 from workbench.ports import Job
-from workbench.records import alone, now
+from workbench.records import alone, now, reading
 
 PULSE_S = 0.2       # how often progress is written and "has anybody cancelled?" is asked
 POLL_S = 0.5        # how often a worker looks into its lanes; more often costs an idle worker 3 % of a core
@@ -245,13 +245,13 @@ class WorkerProcess:
 
     def _end_strays(self) -> None:
         """Ends what dead workers of this machine have left running, unless the job is sure to go on here."""
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             living = [row for row in connection.execute(sa.select(workers)) if not self._is_dead(row)]
         here = [row.id for row in living if row.machine == self._machine]
         may_go_elsewhere = len(here) < len(living)
 
         def is_stray(job_id: str) -> bool:
-            with self.engine.connect() as connection:
+            with reading(self.engine) as connection:
                 query = sa.select(jobs.c.state, jobs.c.worker).where(jobs.c.id == job_id)
                 row = connection.execute(query).one_or_none()
             if row is None or row.state == "running" and row.worker in here:
@@ -268,7 +268,7 @@ class WorkerProcess:
             # Who has not looked has not seen others beat either, as after a moment without the database.
             self._beats.clear()
         self._looked = self._clock()
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             fallen = [row for row in connection.execute(sa.select(workers)) if self._is_dead(row)]
         if any(row.machine == self._machine for row in fallen):
             self._end_strays()

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +72,8 @@ class Retraining:
 
     def router(self) -> APIRouter:
         router = APIRouter()
+        # The database takes one writer at a time: of 40 threads that asked for it some would wait for half a second.
+        one_at_a_time = anyio.CapacityLimiter(1)
         says = {code: {"model": Problem, "description": text} for code, text in {
             404: "There is no such retraining.", 409: "The key stands for another request.",
             429: "As many trainings wait as the setting retrain_queue allows."}.items()}
@@ -79,11 +82,11 @@ class Retraining:
         @router.post("/retrain", status_code=202, response_model=RetrainJob, responses={409: says[409], 429: says[429]})
         @router.post("/v1/retrain", status_code=202, response_model=RetrainJob,
                      responses={409: says[409], 429: says[429]})
-        def retrain(asked: RetrainRequest, request: Request, idempotency_key: Annotated[
+        async def retrain(asked: RetrainRequest, request: Request, idempotency_key: Annotated[
                 str | None, Header(min_length=1, max_length=150, description="The same key and body again is the same "
                                    "job.")] = None) -> JSONResponse:
             """Queues a training; nothing is fetched before a worker takes it."""
-            status = self.submit(asked, idempotency_key)
+            status = await anyio.to_thread.run_sync(self.submit, asked, idempotency_key, limiter=one_at_a_time)
             path = f"{request.url.path}/{status.id}"
             return JSONResponse({"job_id": status.id, "state": status.state, "status": path, "log": f"{path}/log"}, 202,
                                 headers={"Location": path})

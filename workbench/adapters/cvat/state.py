@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from workbench.annotation import Annotation
 from workbench.dataset import Frame
 from workbench.errors import Unavailable
+from workbench.records import alone, reading
 from workbench.run import RunWrite
 
 BATCH = 500  # names in one SQL statement
@@ -85,19 +86,20 @@ class State:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        metadata.create_all(engine, checkfirst=True)
+        with alone(engine) as connection:
+            metadata.create_all(connection)
         me = psutil.Process()
         # Unique per object, because two of one process may hold different locks.
         self._holder = f"{socket.gethostname()}|{me.pid}|{me.create_time():.2f}|{uuid.uuid4().hex}"
 
     def project(self, dataset: str) -> tuple[str, int] | None:
         """(address of the server, id of the project)"""
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(sa.select(projects).where(projects.c.dataset == dataset)).first()
         return (row.url, row.project_id) if row else None
 
     def projects(self, url: str) -> dict[str, int]:
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(sa.select(projects).where(projects.c.url == url).order_by(projects.c.dataset))
             return {row.dataset: row.project_id for row in rows}
 
@@ -112,7 +114,7 @@ class State:
 
     def rows(self, dataset: str, names: Sequence[str]) -> dict[str, Row]:
         found = {}
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             for some in _batches(names):
                 query = sa.select(frames).where(frames.c.dataset == dataset, frames.c.name.in_(some))
                 found.update({row.name: _row(row) for row in connection.execute(query)})
@@ -123,13 +125,13 @@ class State:
         names = ("name", "file", "task_id", "number", "status", "decided_in", "least_confidence")
         columns = [frames.c[name] for name in names]
         query = sa.select(*columns).where(frames.c.dataset == dataset).order_by(frames.c.name)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             return list(connection.execute(query))
 
     def write_ids(self, dataset: str, names: Sequence[str]) -> dict[str, str]:
         """What changes with every write, and when one is known to be done."""
         found = {}
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             for some in _batches(names):
                 rows = connection.execute(sa.select(frames.c.name, frames.c.write_id, frames.c.pending.is_(None)).where(
                     frames.c.dataset == dataset, frames.c.name.in_(some)))
