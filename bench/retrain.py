@@ -8,7 +8,7 @@ overhead  job to registered model, minus the same train.py by hand with the same
 post      requests to POST /retrain, 50 at a time over connections of their own: 100 times the same one, then 100
           different ones; how many runs the same one becomes
 kills     a training whose worker, and every third time whose own processes, are killed with SIGKILL at random moments,
-          against one that was left alone
+          against one that was left alone; while_training: how many of them while a training ran
 
 Prints one JSON line, last: overhead; overhead_s; worker_cpu (its share of a core while a training runs); post_ms_p50,
 post_ms_p95; runs_of_100_posts; kills; identical (the same metrics and the same model to the last digit, one MLflow run
@@ -216,33 +216,39 @@ def kills(bench: Bench, count: int, chance: random.Random) -> dict[str, Any]:
         expected = _outcome(bench, _run(bench, "left-alone", seconds))
         takes = time.monotonic() - began
     say(f"left alone it takes {takes:.1f} s with the start of the worker")
-    done, jobs, identical, left, trainings = 0, 0, True, 0, 0
+    done, jobs, identical, left, hit, trainings = 0, 0, True, 0, 0, 0
     while done < count:
         name, jobs = f"disturbed{jobs}", jobs + 1
         job_id = workbench.jobs.submit("retrain", bench.args(name, seconds), person="bench")
         for _ in range(min(MOST_A_JOB, count - done)):
             with worker(workbench, kill=True) as process:
-                began = time.monotonic()
+                began, found = time.monotonic(), []
                 until = began + chance.uniform(0.1, 0.9) * takes
+                if done % 2:
+                    # By chance a worker mostly dies while it starts: half of them die while the training runs, or is
+                    # scored and registered.
+                    _until(lambda: workbench.jobs.get(job_id).is_over or orphans(workbench.config.home), "training")
+                    until = time.monotonic() + chance.uniform(0, 1.3) * seconds
                 while time.monotonic() < until and not workbench.jobs.get(job_id).is_over:
                     time.sleep(0.02)
-                status = workbench.jobs.get(job_id)
+                status, found = workbench.jobs.get(job_id), orphans(workbench.config.home)
                 if status.is_over:
                     # The machine is quieter than when it was left alone.
                     takes = min(takes, time.monotonic() - began)
                     break
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                done += 1
-                if done % 3 == 0:
+                done, hit = done + 1, hit + bool(found)
+                if done % 3 == 1:
                     trainings += bool([one.send_signal(signal.SIGKILL) for one in orphans(workbench.config.home)])
-            say(f"kill {done}: {status.state} at epoch {status.done} of {status.total}")
+            say(f"kill {done}: {status.state}, {'its training runs' if found else 'no training runs'}, "
+                f"epoch {status.done} of {status.total}")
         with worker(workbench):
             found = _outcome(bench, _done(workbench.jobs.wait(job_id, WAIT_S)))
         left += len(orphans(workbench.config.home))
         identical = identical and found == expected
         say(f"job {jobs}: {'identical' if found == expected else f'DIFFERENT: {found}'}")
-    return {"kills": done, "killed_trainings": trainings, "disturbed_jobs": jobs, "identical": identical,
+    return {"kills": done, "while_training": hit, "killed_trainings": trainings, "disturbed_jobs": jobs, "identical": identical,
             "orphans": left}
 
 
