@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 import subprocess
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ def read_gpus(listed: str) -> tuple[str, ...]:
             found.pop()
         found.append(uuid)
     return tuple(found)
+
+
+def processors() -> list[str]:
+    """The names of this machine's CPU and of NVIDIA's GPUs, in that order."""
+    cpu = _named(Path("/proc/cpuinfo"), "model name") or [platform.processor()]
+    return [cpu[0], *(name for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+                      for name in _named(file, "Model:"))]
+
+
+def _named(file: Path, key: str) -> list[str]:
+    """What stands behind the colon in lines that begin with `key`."""
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def memory_of(processes: list[psutil.Process]) -> int:

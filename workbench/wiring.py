@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.blobs import Blobs
+from workbench.capacity import processors
 from workbench.config import Config
 from workbench.errors import Invalid
 from workbench.ports import AnnotationServer, Backend, DatasetStore, Job, ModelStore, Search, Tracker
@@ -149,7 +151,12 @@ class Workbench:
     def plan_for(self, card: ModelCard, folder: Path) -> Plan:
         """Batch and streams with which a model runs fastest here: measured for 3 s the first time, then remembered."""
         from workbench.inference.probe import plan_for
-        return plan_for(card, folder, self.open_backend, self.config.home / "plans.json", cores=self.config.worker_threads)
+        try:
+            where = " ".join([self.config.backend, version(self.config.backend), *processors()])
+        except PackageNotFoundError:
+            where = ""  # opening the model says so
+        return plan_for(card, folder, self.open_backend, self.config.home / "plans.json",
+                        cores=self.config.worker_threads, where=where)
 
     def job_kinds(self) -> dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]]:
         """What a worker can do: kind -> function of (arguments, job) that gives a JSON result."""

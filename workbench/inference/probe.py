@@ -44,24 +44,30 @@ class Plan:
 
 
 def plan_for(card: ModelCard, folder: Path, open_backend: Callable[..., Any], memory: Path, *, seconds: float = 3.0,
-             cores: int = 0) -> Plan:
+             cores: int = 0, where: str = "") -> Plan:
     """The remembered plan of this file, backend, device, library and number of cores, else a measured one.
 
     open_backend  gives the Backend of a graph; takes `streams` and `batch` by name
     memory        a JSON file of plans; one that is damaged is written anew
     seconds       for the measurements together, opening and second rounds not counted
     cores         0: all of this machine
+    where         backend, library and device if they are known without opening the model, which a remembered plan then
+                  spares; asked of the opened backend otherwise
 
     A combination that cannot be opened or run is left out. Raises what Detector raises when the model cannot be opened
     at all.
     """
     cores = cores or os.cpu_count() or 1
+    file, remembered = card.files[card.onnx]["sha256"], _remembered(memory)
+    keys = [f"{file}/{where}/{cores} cores"] if where else []
+    if where and keys[0] in remembered:
+        return remembered[keys[0]]
     with Detector(card, folder, open_backend) as detector:
         report, first = detector.report, detector.streams
-        key = "/".join((card.files[card.onnx]["sha256"], report.backend, report.device, report.library,
-                        report.precision, f"{cores} cores"))
-        known = _remembered(memory).get(key)
+        keys.append("/".join((file, report.backend, report.device, report.library, report.precision, f"{cores} cores")))
+        known = remembered.get(keys[-1])
         if known is not None:
+            _remember(memory, keys, known)
             return known
         best = Plan(1, first, _images_per_s(detector, 1, seconds / MOST))
 
@@ -81,7 +87,7 @@ def plan_for(card: ModelCard, folder: Path, open_backend: Callable[..., Any], me
         before, best = best, better(best, batch, best.streams)
         if best.batch == before.batch:
             break
-    _remember(memory, key, best)
+    _remember(memory, keys, best)
     return best
 
 
@@ -131,8 +137,11 @@ def _remembered(memory: Path) -> dict[str, Plan]:
                    for side in (plan.batch, plan.streams))}
 
 
-def _remember(memory: Path, key: str, plan: Plan) -> None:
-    plans = {**_remembered(memory), key: plan}
+def _remember(memory: Path, keys: list[str], plan: Plan) -> None:
+    before = _remembered(memory)
+    plans = {**before, **dict.fromkeys(keys, plan)}
+    if plans == before:
+        return
     memory.parent.mkdir(parents=True, exist_ok=True)
     handle, half = tempfile.mkstemp(dir=memory.parent, prefix=".half-")
     with os.fdopen(handle, "w") as file:

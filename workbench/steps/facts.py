@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from workbench.capacity import count_cores
+from workbench.capacity import count_cores, processors
 from workbench.errors import Invalid, NotFound
 from workbench.ports import Tracker
 from workbench.steps.environments import Environment
@@ -28,9 +28,10 @@ KEYS = ("recipe", "repository", "commit", "location", "params", "dataset", "data
         "machine", "python")
 
 
-def keep(tracker: Tracker, run_id: str, training: Training, facts: dict[str, Any], environment: Environment) -> None:
-    """Stores the facts with the run: workbench/facts.json, the packages in workbench/environment.txt, the main ones as
-    tags."""
+def keep(tracker: Tracker, run_id: str, training: Training, facts: dict[str, Any],
+         environment: Environment) -> dict[str, str]:
+    """Stores the facts with the run: workbench/facts.json, and the packages in workbench/environment.txt. Returns the
+    main ones, for the run's tags."""
     facts = {"format": FORMAT, **facts, "environment": environment.choice, "environment_digest": environment.digest,
              "python": environment.version, "machine": machine()}
     folder = training.folder / "facts"
@@ -39,11 +40,11 @@ def keep(tracker: Tracker, run_id: str, training: Training, facts: dict[str, Any
     (folder / "environment.txt").write_text(environment.packages)
     tracker.log_files(run_id, folder, FOLDER)
     shutil.rmtree(folder)
-    tracker.log(run_id, tags={
+    return {
         "base_model_sha256": facts["base_sha256"] or "", "environment": environment.choice,
         "environment_digest": environment.digest, "python": environment.version,
         "seed": "" if facts["seed"] is None else str(facts["seed"]), "limits": json.dumps(facts["limits"]),
-        "machine": json.dumps(facts["machine"])})
+        "machine": json.dumps(facts["machine"])}
 
 
 def keep_results(tracker: Tracker, run_id: str, training: Training, results: dict[str, Any]) -> None:
@@ -80,16 +81,6 @@ def read(tracker: Tracker, run_id: str) -> tuple[dict[str, Any], dict[str, Any],
 
 def machine() -> dict[str, Any]:
     """Where this runs, as far as numbers may depend on it."""
-    cpu = next((line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
-               platform.processor())
-    gpus = [line.partition(":")[2].strip() for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-            for line in _lines(file) if line.startswith("Model:")]
+    cpu, *gpus = processors()
     return {"host": socket.gethostname(), "system": platform.platform(), "cpu": cpu, "cores": count_cores(),
             "memory_mb": psutil.virtual_memory().total // MIB, "gpus": gpus}
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(errors="replace").splitlines()
-    except OSError:
-        return []

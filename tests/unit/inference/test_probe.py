@@ -75,6 +75,18 @@ def test_a_plan_is_remembered_for_its_file_device_and_cores(tmp_path: Path, card
     assert len(json.loads(memory.read_text())) == 3 and [p.name for p in memory.parent.iterdir()] == ["plans.json"]
 
 
+def test_a_plan_remembered_for_a_known_place_is_found_without_opening_the_model(tmp_path: Path, card: ModelCard) -> None:
+    opened, memory = [], tmp_path / "plans.json"
+    open_backend = opener(lambda batch, streams: 0.001, opened)
+    first = plan_for(card, tmp_path, open_backend, memory, seconds=0.2, cores=2)
+    count = len(opened)
+    for place, more in (("here", 1), ("here", 1), ("there", 2), ("there", 2)):  # known by its backend, then by its place
+        assert plan_for(card, tmp_path, open_backend, memory, seconds=0.2, cores=2, where=place) == first
+        assert len(opened) == count + more
+    plan_for(card, tmp_path, open_backend, memory, seconds=0.2, cores=3, where="here")
+    assert len(opened) > count + 3
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"a": 1}', '{"KEY": {"batch": 0, "streams": 2}}',
                                      '{"KEY": {"batch": "many", "streams": 2}}', '{"KEY": {"speed": 1}}'])
 def test_a_damaged_memory_is_measured_again_and_mended(tmp_path: Path, card: ModelCard, content: str) -> None:
