@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -117,22 +118,23 @@ def speed(folder: Path, card: ModelCard, files: Path, options: argparse.Namespac
         workbench = Workbench(config)
         workbench.models.register(card, files)
         mine = _certified(workbench, folder) if in_int8 else card
+        name = f"bench-{uuid.uuid4().hex[:6]}"  # a real server may still hold what an interrupted run made
         try:
-            for dataset, count in (("bench-small", options.small), ("bench", options.frames)):
+            for dataset, count in ((f"{name}-small", options.small), (name, options.frames)):
                 _fill(workbench, dataset, card, options.images, count)
             workbench.plan_for(mine, workbench.models.folder(mine.ref))  # measured once on a machine, then remembered
             if double:
                 double.cost_s = costs(double)
             asked = {"home": str(config.home), "url": url, "token": token, "model": card.ref}
             calls = len(double.journal) if double else 0
-            small = _part("ours", dataset="bench-small", **{**asked, "model": mine.ref})
+            small = _part("ours", dataset=f"{name}-small", **{**asked, "model": mine.ref})
             before = len(double.journal) if double else 0
-            ours = _part("ours", dataset="bench", **{**asked, "model": mine.ref})
+            ours = _part("ours", dataset=name, **{**asked, "model": mine.ref})
             ours["calls"] = len(double.journal) - before if double else None
             _say(f"{mine.ref}: ours {ours} (small {small['rss_mb']} MB, {before - calls} calls)")
-            sdk = _part("sdk", dataset="bench", **asked)
+            sdk = _part("sdk", dataset=name, **asked)
             _say(f"{card.ref}: sdk {sdk}")
-            slow = _part("real_lambda" if options.url else "simulated_lambda", dataset="bench", **asked)
+            slow = _part("real_lambda" if options.url else "simulated_lambda", dataset=name, **asked)
             _say(f"{card.ref}: lambda {slow}")
         finally:
             if options.url:
