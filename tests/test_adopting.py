@@ -67,7 +67,8 @@ def test_the_diff_leads_from_a_script_that_trains_to_the_example(tmp_path: Path)
     assert len(after) - len(before) <= 12, "a dozen lines"
     data = write_masks(tmp_path / "data", {"train": 4})
     subprocess.run([sys.executable, tmp_path / "train.py", "--annotations", data / "train.json", "--frames",
-                    data / "frames", "--epochs", "1"], cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    data / "frames", "--epochs", "1"], cwd=tmp_path, check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (tmp_path / "detector.pt").is_file()
 
 
@@ -201,7 +202,7 @@ def test_what_is_tried_by_hand_works_as_written(tmp_path: Path) -> None:
     environment = {**os.environ, "WORKBENCH_HOME": str(home), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
                    "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     ran = re.findall(r"```(python|sh)\n(.*?)```", section("Try it by hand"), re.DOTALL)
-    assert [kind for kind, _ in ran] == ["python", "sh", "python", "sh"]
+    assert [kind for kind, _ in ran] == ["sh", "sh", "python", "sh"]
     for kind, text in ran:
         command = ["python", "-c"] if kind == "python" else ["sh", "-ec"]
         done = subprocess.run([*command, text.replace("cells@1.0.0", ref)], cwd=tmp_path, env=environment,

@@ -23,8 +23,8 @@ import sqlalchemy as sa
 
 from workbench.config import Config
 from workbench.errors import Conflict, Invalid, NotFound, Unavailable
-from workbench.jobs.tables import (APPLICATION, STATES, WORKFLOW, database_time, has_process, items, jobs, lane,
-                                   lanes_of, log, machine, metadata, workers)
+from workbench.jobs.tables import (APPLICATION, STATES, TRAIN_KINDS, WORKFLOW, database_time, has_process, items, jobs,
+                                   lane, lanes_of, log, machine, metadata, worker_lanes, workers)
 from workbench.ports import Job
 from workbench.records import alone, now, reading
 
@@ -72,11 +72,12 @@ def _keyed(kind: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process that has not been found dead."""
+    """A worker process that has not been found dead, and the lanes it serves."""
 
     id: str
     machine: str
     pid: int
+    lanes: tuple[str, ...] = ()
 
 
 class Jobs:
@@ -123,6 +124,15 @@ class Jobs:
                                "Use another key for another request.") from None
         self._enqueue(job_id, lane(kind, args))
         return job_id
+
+    def ask(self, kind: str, args: dict[str, Any], *, person: str, key: str | None = None) -> str:
+        """`submit` for what a person asks for: of a kind of training only as many wait as the setting retrain_queue
+        says, as with POST /retrain. Raises QueueFull beyond, and what `submit` raises."""
+        limit = self._config.retrain_queue if kind in TRAIN_KINDS else None
+        try:
+            return self.submit(kind, args, person=person, key=key, most_queued=limit)
+        except QueueFull as error:
+            raise QueueFull(f"{error} Or cancel one that waits; setting retrain_queue says how many may.") from error
 
     def find(self, kind: str, key: str) -> JobStatus | None:
         """The job that `submit` made for a key."""
@@ -187,8 +197,15 @@ class Jobs:
         """The workers that live: by process id on this machine, by a fresh beat on others."""
         with reading(self._engine) as connection:
             rows, at = list(connection.execute(sa.select(workers))), database_time(connection)
-        return [Worker(row.id, row.machine, row.pid) for row in rows
+            served = list(connection.execute(sa.select(worker_lanes)))
+        return [Worker(row.id, row.machine, row.pid, tuple(sorted(one.lane for one in served if one.worker == row.id)))
+                for row in rows
                 if (has_process(row) if row.machine == self._machine else at - row.beat < self._config.worker_dead_s)]
+
+    def unserved_lane(self, kind: str, args: dict[str, Any]) -> str:
+        """The lane that such a job would wait in for want of a living worker that serves it; "" where there is one."""
+        name = lane(kind, args)
+        return "" if any(name in worker.lanes for worker in self.workers()) else name
 
     def work(self, kinds: Kinds, concurrency: int = 1, stop: threading.Event | None = None,
              end_here: EndHere = lambda is_stray: None) -> None:

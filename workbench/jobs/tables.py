@@ -52,6 +52,9 @@ workers = sa.Table(
     sa.Column("id", sa.String(64), primary_key=True), sa.Column("machine", sa.String(300), nullable=False),
     sa.Column("pid", sa.Integer, nullable=False), sa.Column("pid_started", sa.Float, nullable=False),
     sa.Column("beat", sa.Float, nullable=False))
+worker_lanes = sa.Table(
+    "worker_lanes", metadata,
+    sa.Column("worker", sa.String(64), primary_key=True), sa.Column("lane", sa.String(16), primary_key=True))
 
 
 def lane(kind: str, args: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from workbench.errors import Cancelled, Invalid, WorkbenchError
 from workbench.jobs.tables import (APPLICATION, LANES, VERSION, WORKFLOW, database_time, has_process, items, jobs, lane,
-                                   workers, write_log)
+                                   worker_lanes, workers, write_log)
 from workbench.ports import Job
 from workbench.records import alone, now, reading
 
@@ -108,6 +108,7 @@ class WorkerProcess:
             connection.execute(workers.insert(), {
                 "id": self.id, "machine": self._machine, "pid": os.getpid(), "beat": database_time(connection),
                 "pid_started": psutil.Process().create_time()})
+            connection.execute(worker_lanes.insert(), [{"worker": self.id, "lane": name} for name in self._lanes])
         # Before this worker takes anything: a job that was interrupted goes on before those that were queued after it.
         self._adopt()
         DBOS.listen_queues(self._lanes)
@@ -141,6 +142,7 @@ class WorkerProcess:
         if not self._running:
             with self.engine.begin() as connection:
                 connection.execute(workers.delete().where(workers.c.id == self.id))
+                connection.execute(worker_lanes.delete().where(worker_lanes.c.worker == self.id))
 
     def _run_job(self, job_id: str) -> None:
         job = self._running[job_id] = RunningJob(self, job_id)
@@ -275,6 +277,7 @@ class WorkerProcess:
         with alone(self.engine) as connection:
             dead = [row.id for row in connection.execute(sa.select(workers)) if self._is_dead(row)]
             connection.execute(workers.delete().where(workers.c.id.in_(dead)))
+            connection.execute(worker_lanes.delete().where(worker_lanes.c.worker.in_(dead)))
             living = set(connection.execute(sa.select(workers.c.id)).scalars())
             for workflow in self._client.list_workflows(status="PENDING", load_input=False, load_output=False):
                 if workflow.executor_id not in living:
