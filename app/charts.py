@@ -100,7 +100,8 @@ def ap_bars(
         ],
     )
     ticks = base.mark_tick(thickness=3, color="#d97706").encode(x=alt.X("ap50:Q", scale=scale))
-    return (bars + ticks).properties(height=60 + 26 * len(order))
+    # The axis below takes its part of the height.
+    return (bars + ticks).properties(height=86 + 26 * len(order))
 
 
 def learning(histories: Mapping[str, Sequence[tuple[float, float]]], y: str = "value", x: str = "epoch") -> alt.Chart:

@@ -1,4 +1,4 @@
-"""The lower part of the CVAT page: progress per stage, who works on what, frames for people, accepted work, the webhook."""
+"""The lower part of the CVAT page: progress per stage, who works on what, frames for people, accepted work, webhook."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def _offer(dataset: str) -> None:
                         f"{'job' if len(facts['jobs']) == 1 else 'jobs'}, {times.clock(entry.at)}): publish them as "
                         f"**{session.literal(facts['next'])}**.")
             if st.button(f"Publish {facts['next']}", type="primary", icon=":material/publish:", key="cvat_publish"):
-                session.submit("version", {"dataset": dataset, "message": f"Accepted in CVAT: {facts['frames']} frames"})
+                session.submit("version", {"dataset": dataset,
+                                           "message": f"Accepted in CVAT: {facts['frames']} frames"})
                 st.rerun()
     for kind in ("version", "pull"):
         job = session.watched(kind, dataset)
@@ -113,8 +114,8 @@ def _progress(task: Any, jobs: Sequence[Any]) -> None:
         deployed = workbench.records.deployed(task.dataset)
         refs = sorted(refs, key=lambda ref: ref != deployed)
         model = st.selectbox("Model", refs, key="cvat_work_model", disabled=not refs) if refs else None
-        is_asked = st.button(f"Pre-annotate {new} new frames", icon=":material/auto_awesome:", disabled=not new or not model,
-                             key="cvat_annotate")
+        is_asked = st.button(f"Pre-annotate {new} new frames", icon=":material/auto_awesome:", key="cvat_annotate",
+                             disabled=not new or not model)
         is_pull = st.button("Pull accepted work", icon=":material/download:", key="cvat_pull",
                             help="Enters what is accepted and offers the next version; it also happens by itself.")
     if not refs:
@@ -134,14 +135,15 @@ def _people(dataset: str, jobs: Sequence[Any]) -> None:
     load = Counter(job.assignee or "nobody" for job in jobs if not job.is_accepted and job.type == "annotation")
     if load:
         st.caption(session.literal("Open jobs: " + ", ".join(f"{who} {count}" for who, count in load.most_common())))
-    rows = [{"job": job.url, "task": job.task_id, "kind": job.type.replace("_", " "), "frames": job.frames, "stage": job.stage,
-             "state": job.state, "assignee": job.assignee or "–", "changed": times.clock(job.updated_at)} for job in jobs]
+    rows = [{"job": job.url, "task": job.task_id, "kind": job.type.replace("_", " "), "frames": job.frames,
+             "stage": job.stage, "state": job.state, "assignee": job.assignee or "–",
+             "changed": times.clock(job.updated_at)} for job in jobs]
     chosen = st.dataframe(
         rows, hide_index=True, width="stretch", on_select="rerun", selection_mode="single-row", key="cvat_jobs",
         column_config={"job": st.column_config.LinkColumn(display_text=r"/jobs/(\d+)$")}).selection.rows
     if not chosen or chosen[0] >= len(jobs):
-        st.caption("Choose a row to hand its job to somebody or move it on: annotation, validation, acceptance. A job that "
-                   "is completed in the stage acceptance is accepted.")
+        st.caption("Choose a row to hand its job to somebody or move it on: annotation, validation, acceptance. A job "
+                   "that is completed in the stage acceptance is accepted.")
         return
     job = jobs[chosen[0]]
     with st.form(f"cvat_job_{job.id}", border=True):
@@ -156,9 +158,9 @@ def _people(dataset: str, jobs: Sequence[Any]) -> None:
 
 def _send(dataset: str, jobs: Sequence[Any]) -> None:
     workbench = session.workbench()
-    st.caption("The chosen frames become a CVAT task of their own, in jobs of your size; their drawings go along. Their "
-               "pixels are sent to CVAT a second time, because an open CVAT cannot put a frame into another job. Frames "
-               "whose job somebody has begun stay there.")
+    st.caption("The chosen frames become a CVAT task of their own, in jobs of your size; their drawings go along. "
+               "Their pixels are sent to CVAT a second time, because an open CVAT cannot put a frame into another job. "
+               "Frames whose job somebody has begun stay there.")
     with st.form("cvat_send", border=True):
         one, two, three = st.columns(3)
         low = one.number_input("With the least confidence", 0, 1000, 20)
@@ -166,7 +168,8 @@ def _send(dataset: str, jobs: Sequence[Any]) -> None:
         chance = three.number_input("By chance", 0, 1000, 0)
         model = two.selectbox("Second model", ["", *workbench.models.refs()],
                               format_func=lambda ref: ref or "the last two that ran on a frame")
-        people = one.text_input("People", placeholder="anna, ben", max_chars=500, help="CVAT user names; jobs are dealt out.")
+        people = one.text_input("People", placeholder="anna, ben", max_chars=500,
+                                help="CVAT user names; jobs are dealt out.")
         size = three.number_input("Frames of a job", 1, 1000, 20)
         truth = one.selectbox("Ground truth", TRUTHS, format_func=TRUTH_WORDS.get)
         truth_frames = two.number_input("Ground truth frames", 1, 500, 5)
@@ -197,22 +200,22 @@ def _quality(dataset: str, jobs: Sequence[Any]) -> None:
     rows = []
     for task in truths:
         for report in people.quality(task)[:1]:
-            rows.append({"what": f"people against the ground truth, CVAT task {task}", "by": "CVAT", "frames": report.frames,
-                         "precision": report.precision, "recall": report.recall, "accuracy": report.accuracy,
-                         "at": times.clock(report.created_at)})
+            rows.append({"what": f"people against the ground truth, CVAT task {task}", "by": "CVAT",
+                         "frames": report.frames, "precision": report.precision, "recall": report.recall,
+                         "accuracy": report.accuracy, "at": times.clock(report.created_at)})
     kept = st.session_state.get(f"cvat_measured_{dataset}")
     last = [entry for entry in workbench.records.entries("pulls", dataset, limit=1) if entry.facts.get("agreement")]
     ours, at = kept or ((last[0].facts["agreement"], last[0].at) if last else (None, ""))
     if ours:
-        rows.append({"what": "what models proposed against what people accepted", "by": "workbench", "frames": ours["frames"],
-                     "precision": ours["precision"], "recall": ours["recall"], "accuracy": ours["accuracy"],
-                     "at": times.clock(at)})
+        rows.append({"what": "what models proposed against what people accepted", "by": "workbench",
+                     "frames": ours["frames"], "precision": ours["precision"], "recall": ours["recall"],
+                     "accuracy": ours["accuracy"], "at": times.clock(at)})
     number = st.column_config.NumberColumn(format="%.3f")
     if rows:
         st.dataframe(rows, hide_index=True, width="stretch",
                      column_config={name: number for name in ("precision", "recall", "accuracy")})
-        st.caption("CVAT pairs boxes from IoU 0.4 on by default (its quality settings), the workbench from 0.5 on with the "
-                   "same label. A model's mAP on a published version is on the evaluate page.")
+        st.caption("CVAT pairs boxes from IoU 0.4 on by default (its quality settings), the workbench from 0.5 on with "
+                   "the same label. A model's mAP on a published version is on the evaluate page.")
     else:
         st.caption("Nothing is measured yet: accept frames that a model annotated, or send frames with a ground truth.")
     session.link("evaluate", "Evaluate a model on the reviewed frames", "analytics")
@@ -223,7 +226,8 @@ def _quality(dataset: str, jobs: Sequence[Any]) -> None:
             st.rerun()
         for task, job in truths.items():
             if st.button(f"Measure task {task} in CVAT", icon=":material/fact_check:", disabled=not job.is_accepted,
-                         key=f"cvat_quality_{task}", help="Needs its ground truth job completed in the stage acceptance."):
+                         key=f"cvat_quality_{task}",
+                         help="Needs its ground truth job completed in the stage acceptance."):
                 people.measure_quality(task)
                 st.rerun()
 
@@ -235,7 +239,8 @@ def _hook(dataset: str) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         is_ours = hook is not None and hook.is_active and workbench.hooks.secret(dataset) is not None
         st.badge("connected" if is_ours else "not connected", color="green" if is_ours else "gray")
-        st.caption(session.literal(hook.address if hook else "CVAT tells the workbench nothing by itself; it is asked instead."))
+        alone = "CVAT tells the workbench nothing by itself; it is asked instead."
+        st.caption(session.literal(hook.address if hook else alone))
     said = []
     if hook and hook.last:
         is_good = hook.last.status is not None and 200 <= hook.last.status < 300
@@ -243,14 +248,15 @@ def _hook(dataset: str) -> None:
                     + ("taken" if is_good else f"answered with {hook.last.status}"))
         if not is_good:
             st.warning(session.literal(
-                f"CVAT could not deliver its last message ({hook.last.status}). 502: it does not reach {hook.address}: mend "
-                "the setting 'gateway_url', and SMOKESCREEN_OPTS of CVAT where that is a private address. "
+                f"CVAT could not deliver its last message ({hook.last.status}). 502: it does not reach {hook.address}: "
+                "mend the setting 'gateway_url', and SMOKESCREEN_OPTS of CVAT where that is a private address. "
                 "401: connect again. "
                 "409: it was a repetition, nothing is lost."), icon=":material/power_off:")
     if known.looked_at:
         every = f", every {config.cvat_look_s} s" if config.cvat_look_s else ""
         said.append(f"last look {times.clock(known.looked_at)}{every}")
-    st.caption(session.literal(" · ".join(said) or "Neither a message nor a look so far: the HTTP service looks when it runs."))
+    nothing = "Neither a message nor a look so far: the HTTP service looks when it runs."
+    st.caption(session.literal(" · ".join(said) or nothing))
     with st.form("cvat_hook", border=True):
         address = st.text_input("Address of this workbench's HTTP service, as CVAT sees it", max_chars=300,
                                 value=config.gateway_url or config.gateway)
@@ -271,7 +277,8 @@ def _hook(dataset: str) -> None:
 
 
 _STYLE = """
-.cvat-bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:.45rem 1rem;align-items:center;font-size:.9rem}
+.cvat-bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:.45rem 1rem;align-items:center;
+ font-size:.9rem}
 .cvat-bars .bar{display:flex;height:1.05rem;border-radius:.4rem;overflow:hidden;background:rgba(120,120,120,.15)}
 .cvat-bars .bar i{display:block;height:100%}
 .cvat-legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.78rem;opacity:.8;margin:.5rem 0 .2rem}

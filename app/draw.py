@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,7 @@ from workbench.blobs import Blobs
 from workbench.dataset import Frame
 from workbench.errors import WorkbenchError
 from workbench.evaluation.matching import box_of
+from workbench.evaluation.tags import is_tag
 
 # Twenty colours that stay apart on photographs, the first ones the most: Sasha Trubetskoy's list of distinct colours.
 PALETTE = (
@@ -190,21 +192,33 @@ def gallery(pictures: Sequence[Picture], labels: Sequence[str] = (), columns: in
                     st.caption(session.literal(picture.caption))
 
 
-def legend(labels: Sequence[str], used: Iterable[str] | None = None) -> None:
-    """Which colour is which label, and what a dashed box means."""
+def legend(labels: Sequence[str], used: Iterable[str] | None = None, has_lines: bool = True) -> None:
+    """Which colour is which label, and what a dashed line means, where there are lines."""
     shown = [label for label in labels if used is None or label in set(used)][:30]
     chips = "".join(
         f"<span style='white-space:nowrap'><i style='background:{colour_of(label, labels)}'></i>{escape(label)}</span>"
         for label in shown
     )
+    lines = "<span>┅ dashed: a machine drew it</span><span>─ solid: a person</span>" if has_lines else ""
     st.html(
         "<style>.legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.82rem;opacity:.85}"
         ".legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}</style>"
-        f"<div class='legend'>{chips}<span>┅ dashed: a machine drew it</span><span>─ solid: a person</span></div>"
+        f"<div class='legend'>{chips}{lines}</div>"
     )
 
 
 def of_labeled(frame: Frame, annotations: Sequence[Annotation] | None, caption: str = "") -> Picture:
-    """A frame with what is drawn on it; the caption says when nobody looked."""
-    seen = "nobody looked" if annotations is None else f"{len(annotations)} boxes" if len(annotations) != 1 else "1 box"
+    """A frame with what is drawn on it; the caption counts that, or says that nobody looked."""
+    seen = "nobody looked" if annotations is None else counted(annotations)
     return Picture(frame.blob, tuple(annotations or ()), caption or f"{frame.name} · {seen}")
+
+
+def counted(annotations: Sequence[Annotation]) -> str:
+    """`3 boxes, 1 tag`; of what is not there nothing, of an empty frame `nothing on it`."""
+    found = Counter(
+        "tag" if is_tag(one) else "polygon" if one.polygon is not None else "mask" if one.mask is not None else "box"
+        for one in annotations
+    )
+    plural = {"box": "boxes", "polygon": "polygons", "mask": "masks", "tag": "tags"}
+    said = [f"{found[name]} {name if found[name] == 1 else plural[name]}" for name in plural if found[name]]
+    return ", ".join(said) or "nothing on it"

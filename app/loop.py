@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 from urllib.parse import urlencode
 
+from app.scores import NAMES, first
 from workbench.dataset import DatasetVersion
-from workbench.errors import WorkbenchError
+from workbench.errors import NotFound, WorkbenchError
+from workbench.evaluation.primary import default_metric, task_of
 from workbench.steps.deploy import champions, is_served_by
 from workbench.steps.version import pending
 from workbench.wiring import Workbench
@@ -25,6 +27,8 @@ STATIONS = {
     "promote": ("retrain", "challenger or champion"),
     "deploy": ("models", "the next annotator"),
 }
+# Decisions of before there were several metrics do not say by which they were made.
+BEFORE = "map_50_95"
 JOB_STATION = {
     "upload": "upload",
     "annotate": "annotate",
@@ -43,7 +47,13 @@ JOB_STATION = {
 @dataclass(frozen=True)
 class Loop:
     """by_status, evaluations, runs and pending are None when the part that knows them does not answer, or was not asked
-    yet (is_partial)."""
+    yet (is_partial).
+
+    drawn           what people draw on the data set: "boxes", "polygons" or "tags"
+    best            (model, metric, score) of the best evaluation, by the metric that models are compared by here
+    champion_score  (metric, score) that the champion was promoted by
+    no_status       why by_status is None, in a few words
+    """
 
     dataset: str
     by_status: Mapping[str, int] | None = None
@@ -51,14 +61,16 @@ class Loop:
     pending: int | None = None
     models: tuple[str, ...] = ()
     evaluations: int | None = None
-    best: tuple[str, float] | None = None
+    drawn: str = "boxes"
+    best: tuple[str, str, float] | None = None
     runs: int | None = None
     champion: str | None = None
-    champion_map: float | None = None
+    champion_score: tuple[str, float] | None = None
     champion_trained_on: str = ""
     deployed: str | None = None
     active: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     is_partial: bool = False
+    no_status: str = "mongod does not answer"
 
     @property
     def latest(self) -> DatasetVersion | None:
@@ -95,6 +107,8 @@ def gather(
     versions = ask(lambda: tuple(workbench.datasets.versions(dataset)), ())
     task = None if is_partial else ask(lambda: workbench.server.task(dataset), None)
     is_down = bool(failures)
+    server = "CVAT" if workbench.config.cvat_url else "mongod"
+    has_none = is_down and isinstance(failures[-1], NotFound)
     waiting = (
         None
         if task is None or is_down
@@ -104,28 +118,43 @@ def gather(
     # One sentence about a tracker that is down is enough.
     runs = None if evaluations is None else ask(lambda: workbench.tracker.runs(dataset), None)
     promoted = champions(dataset, workbench.records)
-    scores = [
-        (str(run["tags"].get("model") or run["params"].get("model") or run["name"]), run["metrics"]["map_50_95"])
-        for run in evaluations or ()
-        if "map_50_95" in run["metrics"]
-    ]
     champion = promoted[0] if promoted else None
+    frames = ask(lambda: workbench.datasets.manifest(versions[0].ref).frames, ()) if versions else ()
+    drawn, decided = task_of(frames), champion.facts.get("primary") or BEFORE if champion else None
     return Loop(
         dataset=dataset,
         by_status=None if task is None else task.by_status,
+        no_status="there is no working copy" if has_none else f"{server} does not answer",
         versions=versions,
         pending=waiting,
         models=tuple(ask(workbench.models.refs, ())),
         evaluations=None if evaluations is None else len(evaluations),
-        best=max(scores, key=lambda one: one[1]) if scores else None,
+        drawn=drawn,
+        best=_best(evaluations or (), drawn, decided or default_metric(drawn, frames)),
         runs=None if runs is None else len(runs),
         champion=champion.subject if champion else None,
-        champion_map=(champion.facts.get("challenger") or {}).get("map_50_95") if champion else None,
+        champion_score=_score(champion.facts.get("challenger") or {}, decided) if champion else None,
         champion_trained_on=_trained_on(workbench, champion.subject) if champion else "",
         deployed=workbench.records.deployed(dataset),
         active=active,
         is_partial=is_partial,
     ), failures
+
+
+def _best(evaluations: Sequence[Mapping[str, Any]], drawn: str, usual: str) -> tuple[str, str, float] | None:
+    """(model, metric, score) of the best of them by one metric: `usual`, else the first of the task that one has."""
+    has = {name: value for run in evaluations for name, value in run["metrics"].items()}
+    metric = first(drawn, has, usual)
+    scored = [
+        (str(run["tags"].get("model") or run["params"].get("model") or run["name"]), metric, run["metrics"][metric])
+        for run in evaluations
+        if metric in run["metrics"]
+    ]
+    return max(scored, key=lambda one: one[2], default=None)
+
+
+def _score(side: Mapping[str, Any], metric: str) -> tuple[str, float] | None:
+    return (metric, side[metric]) if isinstance(side.get(metric), (int, float)) else None
 
 
 def _trained_on(workbench: Workbench, model: str) -> str:
@@ -169,7 +198,7 @@ def next_step(loop: Loop) -> NextStep:
         )
     if new and loop.models:
         return NextStep(
-            f"{_frames(new)} {'is' if new == 1 else 'are'} new: let a model draw the first boxes.",
+            f"{_frames(new)} {'is' if new == 1 else 'are'} new: let a model draw the first {loop.drawn}.",
             "annotate",
             "Annotate new frames",
             "annotate",
@@ -211,11 +240,11 @@ def figures(loop: Loop) -> dict[str, tuple[str, str]]:
     """station -> (the figure that counts there, a few words below it)."""
     count = loop.by_status
     total = sum(count.values()) if count is not None else loop.latest.frames if loop.latest else 0
-    latest = loop.latest
+    latest, (metric, score) = loop.latest, loop.champion_score or ("", None)
     no_mongod, no_mlflow = (
         (("…", "asking"),) * 2
         if loop.is_partial
-        else (("–", "mongod does not answer"), ("–", "MLflow does not answer"))
+        else (("–", loop.no_status), ("–", "MLflow does not answer"))
     )
     return {
         "upload": (str(total), "frames" if total != 1 else "frame"),
@@ -226,28 +255,31 @@ def figures(loop: Loop) -> dict[str, tuple[str, str]]:
         )
         if count is not None
         else no_mongod,
-        "evaluate": (f"{loop.best[1]:.3f}", f"best mAP · {loop.best[0]}")
+        "evaluate": (f"{loop.best[2]:.3f}", f"best {NAMES.get(loop.best[1], loop.best[1])} · {loop.best[0]}")
         if loop.best
         else no_mlflow
         if loop.evaluations is None
-        else (str(loop.evaluations), "evaluations"),
+        else (str(loop.evaluations), "evaluations" if loop.evaluations != 1 else "evaluation"),
         "version": (
             latest.version if latest else "–",
-            f"{len(loop.versions)} published · {latest.boxes} boxes" if latest else "none published",
+            f"{len(loop.versions)} published · {latest.boxes} {loop.drawn}" if latest else "none published",
         ),
         "retrain": no_mlflow
         if loop.runs is None
         else (str(loop.runs), "training runs" if loop.runs != 1 else "training run"),
         "promote": (
-            f"{loop.champion_map:.3f}" if loop.champion_map is not None else "–",
-            f"mAP · {loop.champion}" if loop.champion else "no champion yet",
+            f"{score:.3f}" if score is not None else "–",
+            f"{NAMES.get(metric, metric)} · {loop.champion}".removeprefix(" · ")
+            if loop.champion
+            else "no champion yet",
         ),
         "deploy": ("on" if loop.deployed else "–", loop.deployed or "no annotator yet"),
     }
 
 
 def picture(loop: Loop, todo: str = "", query: Mapping[str, str] | None = None) -> str:
-    """The loop as HTML, four stations to the right and four back; each links to its page with `query`. All text is escaped.
+    """The loop as HTML, four stations to the right and four back; each links to its page with `query`. All text is
+    escaped.
 
     HTML and not SVG: Streamlit's sanitiser lets no inline SVG through.
     """

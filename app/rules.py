@@ -76,7 +76,8 @@ def _about(dataset: str, kind: str, rule: Rule | None) -> str:
     trains = f"Trains {summary(rule.training)}."
     if kind == "schedule":
         due = next_slot(rule, datetime.now(timezone.utc))
-        told = f"{rule.in_words().capitalize()}; next {times.clock(due)}. {trains}"
+        said = rule.in_words()
+        told = f"{said[:1].upper()}{said[1:]}; next {times.clock(due)}. {trains}"
     elif kind == "accepted":
         told = trains
     else:

@@ -7,21 +7,50 @@ from typing import Any
 
 import streamlit as st
 
-from app import charts
-from workbench.evaluation.metrics import Metrics
-from workbench.evaluation.primary import Scored
+from app import charts, session
+from workbench.errors import Invalid, NotFound
+from workbench.evaluation.primary import Scored, default_metric, task_of
 from workbench.evaluation.tags import TagMetrics
+from workbench.model import ModelCard
 
 # Metric -> what its column is called, as they stand in the tracker's runs.
 NAMES = {"map_50_95": "mAP@[.5:.95]", "map_50": "mAP50", "miou": "mIoU", "accuracy": "accuracy",
          "macro_f1": "macro F1", "map": "mAP of tags"}
 
+# What a model draws -> its metrics, the one that stands for it first.
+FIRST = {"boxes": ("map_50_95", "map_50"), "polygons": ("miou", "map_50_95", "map_50"),
+         "tags": ("accuracy", "map", "macro_f1")}
+
+
+@st.cache_data(show_spinner=False, max_entries=200)
+def metric_of(version: str, task: str | None = None) -> str:
+    """What models that draw `task` (None: what people drew) are compared by on a version, where nobody says. A version
+    never changes. Raises NotFound."""
+    frames = session.workbench().datasets.manifest(version).frames
+    return default_metric(task or task_of(frames), frames)
+
+
+def first(task: str, measured: Mapping[str, Any], usual: str | None = None) -> str | None:
+    """The metric that stands for a model: `usual` where that was measured, else the first of its task that was."""
+    return next((name for name in (usual, *FIRST[task]) if isinstance(measured.get(name), (int, float))), None)
+
+
+def primary(card: ModelCard) -> str | None:
+    """The metric of its card that stands for a model: what promotion decides by on the version it was trained on."""
+    usual, ref = None, card.trained_on.get("ref")
+    if ref and card.task != "boxes":
+        try:
+            usual = metric_of(ref, card.task)
+        except (NotFound, Invalid):
+            usual = None  # trained elsewhere, or on a version that is gone: the card's own numbers still stand
+    return first(card.task, card.metrics, usual)
+
 
 def tiles(metrics: Scored) -> list[tuple[str, float | None]]:
     """(name, value or None) of the numbers that stand first."""
     if isinstance(metrics, TagMetrics):
-        return [("accuracy", metrics.accuracy), ("macro F1", metrics.macro_f1), ("mAP", metrics.map),
-                ("at confidence", None if metrics.is_exclusive else metrics.confidence)]
+        at = [] if metrics.is_exclusive else [("at confidence", metrics.confidence)]
+        return [("accuracy", metrics.accuracy), ("macro F1", metrics.macro_f1), ("mAP", metrics.map), *at]
     ends = [("best F1", metrics.best_f1), ("at confidence", metrics.best_confidence)]
     if metrics.regions is None:
         return [("mAP@[.5:.95]", metrics.map_50_95), ("mAP50", metrics.map_50), ("mAP75", metrics.coco.get("map_75")),
@@ -34,7 +63,8 @@ def tiles(metrics: Scored) -> list[tuple[str, float | None]]:
 def counted(metrics: Scored) -> str:
     """How much was counted, in a line."""
     if isinstance(metrics, TagMetrics):
-        how = "the surest label of each frame" if metrics.is_exclusive else f"from confidence {metrics.confidence:.2f} on"
+        at = f"from confidence {metrics.confidence:.2f} on"
+        how = "the surest label of each frame" if metrics.is_exclusive else at
         return f"{metrics.frames} frames, {metrics.truth} tags in the truth, {metrics.detections} set ({how})"
     things = "boxes" if metrics.regions is None else "regions"
     return (f"{metrics.frames} frames, {metrics.truth} {things} in the truth, {metrics.detections} drawn at confidence "
@@ -57,11 +87,11 @@ def by_label(metrics: Scored) -> None:
         return
     ious, of_masks = metrics.regions.iou, metrics.regions.ap
     shown = [{"label": row["label"], "IoU": ious.get(row["label"]),
-              **({"mask AP": of_masks.get(row["label"])} if of_masks else {}), "box AP": row["AP"], "box AP50": row["AP50"],
-              "truth": row["truth"], "drawn": row["drawn"]} for row in rows]
+              **({"mask AP": of_masks.get(row["label"])} if of_masks else {}), "box AP": row["AP"],
+              "box AP50": row["AP50"], "truth": row["truth"], "drawn": row["drawn"]} for row in rows]
+    tick = " Tick: AP@[.5:.95] of the masks one by one." if of_masks else ""
     _bars({label: (value, of_masks.get(label)) for label, value in ious.items()}, ("IoU", "mask AP@[.5:.95]"), shown,
-          "Bar: IoU of the label's pixels over all frames." + (" Tick: AP@[.5:.95] of the masks one by one." if of_masks
-                                                                else ""))
+          f"Bar: IoU of the label's pixels over all frames.{tick}")
 
 
 def curves(metrics: Scored) -> None:
@@ -95,8 +125,8 @@ def of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _bars(values: Mapping[str, tuple[float, float | None]], names: tuple[str, str], rows: list[dict[str, Any]],
           said: str) -> None:
     left, right = st.columns([1, 1])
-    left.altair_chart(charts.ap_bars({label: {"ap": bar, "ap50": tick} for label, (bar, tick) in values.items()}, names),
-                      key="ap")
+    shown = {label: {"ap": bar, "ap50": tick} for label, (bar, tick) in values.items()}
+    left.altair_chart(charts.ap_bars(shown, names), key="ap")
     left.caption(said)
     right.dataframe(rows, hide_index=True, placeholder="–", column_config={
         name: st.column_config.NumberColumn(format="%.3f")

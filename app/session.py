@@ -17,7 +17,7 @@ from app import times
 from workbench import wiring
 from workbench.config import Config
 from workbench.errors import Unavailable, WorkbenchError
-from workbench.jobs import JobStatus
+from workbench.jobs import JobStatus, QueueFull
 
 PAGES = Path(__file__).resolve().parent.parent / "pages"
 STATE_COLOUR = {"queued": "gray", "running": "blue", "done": "green", "failed": "red", "cancelled": "orange"}
@@ -80,7 +80,9 @@ def header(title: str, about: str, with_dataset: bool = True) -> str | None:
 def error(failure: WorkbenchError) -> None:
     """A failure's sentence, which ends with the next step; a part that is down looks less like a mistake."""
     # Markdown in the sentence (a file's name, say) must show as typed.
-    if isinstance(failure, Unavailable):
+    if isinstance(failure, QueueFull):
+        st.warning(literal(str(failure)), icon=":material/hourglass_top:")
+    elif isinstance(failure, Unavailable):
         st.warning(literal(str(failure)), icon=":material/power_off:")
     else:
         st.error(literal(str(failure)), icon=":material/error:")
@@ -149,7 +151,8 @@ def pick(
     """A select box whose choice survives a change of page (session) and a reload (address).
 
     What a person chose is kept. What stood there by default is kept only with `keeps_default`: otherwise the first
-    option is chosen anew each time, so that the version just published, or the model just deployed, is the next one used.
+    option is chosen anew each time, so that the version just published, or the model just deployed, is the next one
+    used.
     """
     if not options:
         return None
@@ -189,7 +192,7 @@ def submit(kind: str, arguments: dict[str, Any]) -> str | None:
     arguments = {**arguments, "person": person()}
     said = json.dumps([token, kind, arguments], sort_keys=True)
     with explained():
-        job_id = workbench().jobs.submit(
+        job_id = workbench().jobs.ask(
             kind, arguments, person=person(), key=hashlib.sha256(said.encode()).hexdigest()[:32]
         )
         st.session_state[f"job_{kind}"] = job_id
@@ -284,13 +287,10 @@ def _draw_job(status: JobStatus, open_log: bool) -> None:
                 st.toast("Cancelling: the job stops after the item it is at.")
         if not status.is_over:
             share = min(1.0, status.done / status.total) if status.total else 0.0
-            counted = (
-                f"{status.done} of {status.total}"
-                if status.total
-                else "waiting for a worker"
-                if status.state == "queued"
-                else "starting"
-            )
+            counted = f"{status.done} of {status.total}" if status.total else "starting"
+            if status.state == "queued":
+                lane = jobs.unserved_lane(status.kind, status.args)
+                counted = f"waiting: no worker serves the lane {lane} now" if lane else "waiting for a worker"
             st.progress(share, text=literal(f"{counted}{' · ' + status.note if status.note else ''}"))
         if status.state == "failed" and status.error:
             said, _, more = status.error.partition("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,21 @@ class Asked:
 
 def form(dataset: str) -> Asked | None:
     """The form; None while there is nothing to train with."""
-    source = st.segmented_control(
-        "What trains", [OWN, GIT], default=OWN, required=True, key="retrain_source", label_visibility="collapsed"
-    )
-    return from_git(dataset) if source == GIT else own(dataset)
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        source = st.segmented_control(
+            "What trains", [OWN, GIT], default=OWN, required=True, key="retrain_source", label_visibility="collapsed"
+        )
+        gpu = st.toggle("On a GPU", key="retrain_gpu", help="Waits for a worker that serves the lane gpu.")
+    if gpu and session.workbench().jobs.unserved_lane("retrain", {"gpu": True}):
+        st.warning(
+            "No worker serves the lane gpu now, so what is started here waits until one does: start one on a machine "
+            "with an NVIDIA card (docs/operating.md, parallel work on many machines), or switch *On a GPU* off.",
+            icon=":material/hourglass_top:",
+        )
+    return from_git(dataset, gpu) if source == GIT else own(dataset, gpu)
 
 
-def own(dataset: str) -> Asked | None:
+def own(dataset: str, gpu: bool) -> Asked | None:
     wb = session.workbench()
     names = recipes(PROJECT)
     left, right = st.columns([2, 3], gap="large")
@@ -79,6 +88,7 @@ def own(dataset: str) -> Asked | None:
             recipe=name,
             params=params,
             base_model=None if base == NO_MODEL else base,
+            gpu=gpu,
             project=PROJECT,
             store=wb.datasets,
             models=wb.models,
@@ -93,7 +103,7 @@ def _task(version: str) -> str:
     return task_of(session.workbench().datasets.manifest(version).frames)
 
 
-def from_git(dataset: str) -> Asked | None:
+def from_git(dataset: str, gpu: bool) -> Asked | None:
     """The fields of POST /retrain."""
     wb = session.workbench()
     listed = [one.address for one in allowed_list(wb.config.retrain_repositories)]
@@ -148,6 +158,7 @@ def from_git(dataset: str) -> Asked | None:
             primary_metric=metric.strip() or None,
             lower_is_better=bool(metric) and lower,
             parameters=parameters_of(text.splitlines()),
+            gpu=gpu,
             repositories=wb.config.retrain_repositories,
             project=PROJECT,
             store=wb.datasets,
@@ -176,7 +187,7 @@ def parameters(recipe: Recipe) -> dict[str, Any]:
             key = f"param_{recipe.name}_{name}"
             if kind in ("float", "int"):
                 value = columns[index % 4].number_input(
-                    name, value=float(default or 0), format="%g", key=key, step=None
+                    name, value=float(default or 0), format="%g", key=key, step=_step(float(default or 0))
                 )
             else:
                 value = columns[index % 4].text_input(name, value=str(default or ""), key=key, max_chars=200)
@@ -185,13 +196,19 @@ def parameters(recipe: Recipe) -> dict[str, Any]:
     return given
 
 
+def _step(default: float) -> float:
+    """What a click on + adds: 1 to a whole number, else about a tenth of the value (0.0001 to 0.0015)."""
+    return 1.0 if default.is_integer() else 10.0 ** (math.floor(math.log10(abs(default))) - 1)
+
+
 def summary(training: dict[str, Any]) -> str:
     """What a retrain job's arguments train, in a few words."""
     what = training.get("recipe") or f"{training.get('location')} of {training.get('repository')}"
     params = ", ".join(f"{name} {value}" for name, value in (training.get("params") or {}).items())
     commit = f" at {training['commit'][:12]}" if training.get("commit") else ""
     name = f", registered as {training['register_as']}" if training.get("register_as") else ""
-    return f"{what}{commit}{f' with {params}' if params else ''}{name}"
+    place = " on a GPU" if training.get("gpu") else ""
+    return f"{what}{commit}{f' with {params}' if params else ''}{place}{name}"
 
 
 def _bases() -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import streamlit as st
 
-from app import certificate, draw, session, times
+from app import certificate, draw, scores, session, times
 from workbench.annotation import Annotation
 from workbench.errors import WorkbenchError
+from workbench.inference.certificate import METRICS
 from workbench.inference.pipeline import detect_frames
 from workbench.inference.tiling import Tiling
 from workbench.model import ModelCard
@@ -29,8 +30,8 @@ PIECES = {"off": 0, "in pieces": 2, "in small pieces": 1}
 OVERLAP = 0.2
 DRAWS = {
     "boxes": "It draws boxes.",
-    "polygons": "It draws polygons around what it finds; evaluation scores the boxes around them.",
-    "tags": "It sets tags on whole frames and draws no boxes; evaluation does not score tags.",
+    "polygons": "It draws polygons around what it finds.",
+    "tags": "It sets tags on whole frames and draws no boxes.",
 }
 RUNS_SHOWN = 20
 
@@ -105,7 +106,7 @@ def may_not(standing: certificate.Standing, card: ModelCard) -> None:
         found = standing.certificate
         st.markdown(
             f":violet-badge[INT8] :green-badge[certified here] {found['speedup']:.1f} × as fast as FP32, "
-            f"mAP {-found['map_loss']:+.4f}"
+            f"{METRICS[found['metric']][0]} {certificate.change(found)}"
         )
         return
     st.warning(session.literal(standing.why_not), icon=":material/lock:")
@@ -124,8 +125,8 @@ def pieces(dataset: str, card: ModelCard, statuses: tuple[str, ...]) -> dict[str
         required=True,
         key="annotate_pieces",
         help=f"The model sees a frame shrunk to {side} px, so small things can vanish. In pieces it also looks at "
-        "overlapping parts of the frame, each at a larger size, and joins what lies on their borders. Every piece takes "
-        "as long as a frame.",
+        "overlapping parts of the frame, each at a larger size, and joins what lies on their borders. Every piece "
+        "takes as long as a frame.",
     )
     if not PIECES[how]:
         return None
@@ -147,7 +148,8 @@ def pieces(dataset: str, card: ModelCard, statuses: tuple[str, ...]) -> dict[str
 def about(offer: Offer, taxonomy: Taxonomy) -> str:
     marks = ["deployed"] * offer.is_deployed + ["champion"] * offer.is_champion
     marks += [f"{len(taxonomy) - len(offer.labels.unreached)} of {len(taxonomy)} labels"] if len(taxonomy) else []
-    marks += [f"mAP {offer.metrics['map_50_95']:.2f}"] if "map_50_95" in offer.metrics else []
+    metric = scores.primary(session.workbench().models.card(offer.model))
+    marks += [f"{scores.NAMES[metric]} {offer.metrics[metric]:.2f}"] if metric else []
     return " · ".join([offer.model, *marks])
 
 

@@ -26,8 +26,8 @@ def connect(config: Config) -> None:
         except WorkbenchError as failure:
             session.error(failure)
     st.write(
-        "Write the address and a token into the settings file, then start the workbench again. The token is made in CVAT "
-        "under *Profile → Security → Access tokens*, with read and write access."
+        "Write the address and a token into the settings file, then start the workbench again. The token is made in "
+        "CVAT under *Profile → Security → Access tokens*, with read and write access."
     )
     st.code(
         f'# {config.home / "settings.toml"}\ncvat_url = "http://cvat.example:8080"\ncvat_token = "…"', language="toml"
@@ -63,7 +63,7 @@ else:
     with right:
         st.subheader("What a connection gives", anchor=False)
         st.markdown(
-            "- Data sets become CVAT tasks and come back as versions.\n- Models that are deployed here appear in CVAT's "
-            "own *AI tools* and *Automatic annotation*: no Nuclio, no docker build, no script."
+            "- Data sets become CVAT tasks and come back as versions.\n- Models that are deployed here appear in "
+            "CVAT's own *AI tools* and *Automatic annotation*: no Nuclio, no docker build, no script."
         )
         session.link("review", "Review frames here", "fact_check")

@@ -251,7 +251,7 @@ def worst(record: dict[str, Any], manifest: Manifest, is_tags: bool, has_regions
                 draw.Picture(labeled.frame.blob, tuple(drawn), said),
             ]
         draw.gallery(pictures, labels, 4)
-    draw.legend(labels)
+    draw.legend(labels, has_lines=not is_tags)
 
 
 def _tagged(labeled: LabeledFrame) -> str:

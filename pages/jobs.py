@@ -80,7 +80,8 @@ with session.explained():
         if shown:
             clicked = table(shown)
             st.caption(
-                f"{len(shown)} of {len(everything)} jobs, newest first. Click a row for its log, failed items and result."
+                f"{len(shown)} of {len(everything)} jobs, newest first. Click a row for its log, failed items and "
+                "result."
             )
         else:
             clicked = None

@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from app import certificate, session
+from app import certificate, scores, session
 from workbench.errors import Invalid, WorkbenchError
 from workbench.inference.detector import check_card
 from workbench.inference.graph import file_record
@@ -44,7 +44,9 @@ def marks(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, ..
         said.append("deployed")
     if certificate.is_int8(card):
         said.append("INT8")
-    return said + [alias for alias in aliases.get(ref, ()) if alias not in ("champion", "deployed")]
+    # The registry calls a version challenger until the next one is trained; of a champion that would only confuse.
+    told = {"champion", "deployed", *(["challenger"] if "champion" in said else [])}
+    return said + [alias for alias in aliases.get(ref, ()) if alias not in told]
 
 
 def aliases_of(found: dict[str, ModelCard]) -> dict[str, tuple[str, ...]]:
@@ -67,19 +69,21 @@ def best_first(found: dict[str, ModelCard], dataset: str | None, aliases: dict[s
 def table(
     order: list[str], found: dict[str, ModelCard], dataset: str | None, aliases: dict[str, tuple[str, ...]]
 ) -> None:
+    """Each with the metric that stands for its task, and what it reached in it."""
+    primary = {ref: scores.primary(found[ref]) for ref in order}
     st.dataframe(
         [
             {
                 "model": ref,
                 "is": marks(found[ref], dataset, aliases),
                 "draws": found[ref].task,
-                "mAP@[.5:.95]": found[ref].metrics.get("map_50_95"),
-                "mAP50": found[ref].metrics.get("map_50"),
-                "measured on": str(found[ref].metrics.get("on", "")),
-                "trained on": found[ref].trained_on.get("ref", ""),
+                "metric": scores.NAMES.get(primary[ref]),
+                "score": found[ref].metrics.get(primary[ref]),
+                "measured on": found[ref].metrics.get("on"),
+                "trained on": found[ref].trained_on.get("ref"),
                 "labels": len(found[ref].labels),
                 "MB": sum(file.get("size_bytes", 0) for file in found[ref].files.values()) / 1e6,
-                "licence": found[ref].licence,
+                "licence": found[ref].licence or None,
             }
             for ref in order
         ],
@@ -87,8 +91,7 @@ def table(
         placeholder="–",
         column_config={
             "is": st.column_config.ListColumn(width="medium"),
-            "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
-            "mAP50": st.column_config.NumberColumn(format="%.3f"),
+            "score": st.column_config.NumberColumn(format="%.3f"),
             "MB": st.column_config.NumberColumn(format="%.1f"),
         },
     )
@@ -126,25 +129,37 @@ def detail(card: ModelCard, dataset: str | None, aliases: dict[str, tuple[str, .
         left, right = st.columns(2)
         left.dataframe(
             [
-                {"": name, "value": value}
+                {"what": name, "value": value}
                 for name, value in (
                     ("input", f"{spec.size[0]} × {spec.size[1]}, {spec.layout} {spec.dtype}, {spec.colour}"),
                     ("padding", f"{spec.padding}, grey {spec.pad}"),
                     ("decoder", card.decoder["name"]),
                     ("draws", DRAWS[card.task]),
                     ("confidence, IoU", f"{card.decoder.get('confidence', '–')}, {card.decoder.get('iou', '–')}"),
+                    ("scores", measured(card)),
+                    ("measured on", card.metrics.get("on") or "not said"),
                     ("licence", card.licence or "not said"),
                     ("trained on", card.trained_on.get("ref", "not said")),
                     ("files", ", ".join(card.files)),
                 )
             ],
             hide_index=True,
+            # Widths in pixels: three scores fit into a line.
+            column_config={"what": st.column_config.TextColumn(width=115),
+                           "value": st.column_config.TextColumn(width=345)},
         )
         with right:
             st.markdown(f"**{len(card.labels)} labels**")
             st.markdown(" ".join(f":gray-badge[{session.literal(label)}]" for label in card.labels.labels))
         with st.expander("card.json", icon=":material/data_object:"):
             st.json(card.to_json(), expanded=1)
+
+
+def measured(card: ModelCard) -> str:
+    """`mIoU 0.412, mAP@[.5:.95] 0.300`: all that its card knows."""
+    known = {name: card.metrics.get(name) for name in scores.FIRST[card.task]}
+    said = [f"{scores.NAMES[name]} {value:.3f}" for name, value in known.items() if isinstance(value, (int, float))]
+    return ", ".join(said) or "not measured"
 
 
 def precision(card: ModelCard, standing: certificate.Standing, dataset: str | None) -> None:
@@ -158,8 +173,6 @@ def precision(card: ModelCard, standing: certificate.Standing, dataset: str | No
         st.caption(
             f":material/bolt: Its INT8 version is {session.literal(made)}: choose it above to see its certificate."
         )
-    elif card.task == "tags":
-        return
     elif dataset is None:
         st.caption("An INT8 version is made and measured on labelled frames: upload a data set first.")
     else:
@@ -173,8 +186,8 @@ def precision(card: ModelCard, standing: certificate.Standing, dataset: str | No
 
 def ask(card: ModelCard, dataset: str, kind: str, title: str) -> None:
     st.caption(
-        "Runs FP32 and INT8 in turns over labelled frames the model did not learn from: how much accuracy INT8 costs and "
-        "how much faster it is, on this machine."
+        "Runs FP32 and INT8 in turns over labelled frames the model did not learn from: how much accuracy INT8 costs "
+        "and how much faster it is, on this machine."
         if kind == "certify"
         else "Whole numbers instead of fractions: usually about twice as fast on this machine, at a small cost in "
         "accuracy that is measured on held-out frames. Only a version that passes is registered; FP32 stays as it is."

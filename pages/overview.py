@@ -8,6 +8,7 @@ from app import draw, rules, session, times
 from app.loop import JOB_STATION, Loop, gather, next_step, picture
 from workbench import quickstart
 from workbench.errors import WorkbenchError
+from workbench.evaluation.primary import task_of
 from workbench.jobs import JobStatus
 from workbench.records import Entry
 
@@ -61,14 +62,16 @@ def running(dataset: str) -> dict[str, JobStatus]:
 @st.fragment(run_every=5)
 def draw_loop(dataset: str) -> None:
     active = {station: (job.done, job.total) for station, job in running(dataset).items()}
-    place = st.empty()
+    place = None
     if f"loop_{dataset}" not in st.session_state:
-        # The first time, what needs no other part stands there at once.
+        # The first time, what needs no other part stands there at once. Later an empty place would be a gap on the page
+        # for as long as the parts take to answer.
+        place = st.empty()
         place.html(picture(gather(session.workbench(), dataset, active, is_partial=True)[0], query=session.chosen()))
         st.session_state[f"loop_{dataset}"] = True
     loop, failures = gather(session.workbench(), dataset, active)
     todo = next_step(loop)
-    place.html(picture(loop, todo.station, session.chosen()))
+    (place or st).html(picture(loop, todo.station, session.chosen()))
     with st.container(border=True, horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f":material/arrow_circle_right: **Next:** {session.literal(todo.sentence)}", width="content")
         if st.button(todo.button, type="primary", key="next_step"):
@@ -89,7 +92,7 @@ def samples(dataset: str) -> None:
         )
         st.subheader(f"Frames of {versions[0].ref}", anchor=False)
         draw.gallery([draw.of_labeled(one.frame, one.annotations) for one in shown], manifest.taxonomy.labels, SAMPLES)
-        draw.legend(manifest.taxonomy.labels)
+        draw.legend(manifest.taxonomy.labels, has_lines=task_of(manifest.frames) != "tags")
 
 
 def recent(dataset: str) -> None:
@@ -128,7 +131,7 @@ def in_words(ledger: str, one: Entry) -> str:
         if facts.get("undone"):
             return f"run {one.subject[:12]} taken back"
         return (
-            f"{facts.get('model', '')} drew {facts['boxes']} boxes on {facts['frames']} frames"
+            f"{facts.get('model', '')} drew {facts['boxes']} {facts.get('task', 'boxes')} on {facts['frames']} frames"
             if facts.get("is_finished")
             else f"{facts.get('model', '')} began to annotate"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from app import charts, rules, session, times
-from app.scores import NAMES
+from app.scores import NAMES, of_runs
 from app.training_form import Asked, form
 from workbench.jobs import JobStatus
 from workbench.model import ModelCard
@@ -82,6 +82,7 @@ def past_runs(dataset: str) -> None:
         # All runs of a data set are in one experiment: one question gives the address of each.
         first = runs[0]["run_id"]
         address = tracker.run_url(first)
+        columns = of_runs(runs)
         st.dataframe(
             [
                 {
@@ -89,8 +90,7 @@ def past_runs(dataset: str) -> None:
                     "run": run["name"],
                     "state": run["status"].lower(),
                     "took": times.duration(run["started_at"], run["finished_at"]),
-                    "mAP@[.5:.95]": run["metrics"].get("map_50_95"),
-                    "mAP50": run["metrics"].get("map_50"),
+                    **{name: run["metrics"].get(metric) for metric, name in columns.items()},
                     "person": run["tags"].get("person", ""),
                     "open": address.replace(first, run["run_id"]),
                 }
@@ -99,8 +99,7 @@ def past_runs(dataset: str) -> None:
             hide_index=True,
             placeholder="–",
             column_config={
-                "mAP@[.5:.95]": st.column_config.NumberColumn(format="%.3f"),
-                "mAP50": st.column_config.NumberColumn(format="%.3f"),
+                **{name: st.column_config.NumberColumn(format="%.3f") for name in columns.values()},
                 "open": st.column_config.LinkColumn("MLflow", display_text="open run"),
             },
         )
@@ -289,6 +288,8 @@ def decisions(history: list[Entry]) -> None:
         return f"{interval[0]:+.3f} to {interval[1]:+.3f}" if interval else None
 
     st.markdown("**Decisions**")
+    if history[0].facts.get("reason"):
+        st.caption(session.literal(f"The last: {history[0].facts['reason']}"))
     st.dataframe(
         [
             {

@@ -97,8 +97,8 @@ def surface(working: WorkingFrame, dataset: str, labels: tuple[str, ...], person
     if in_app:
         st.iframe(workbench.server.review_url(dataset, working.frame.name), height=APP_HEIGHT, alt="FiftyOne")
         st.caption("Click **Annotate** at the top right of the picture (once), then draw, move, relabel or delete. The "
-                   "app saves by itself 1 to 3 s later. Keys typed inside it stay inside it: click beside it before you "
-                   "press A, X or S. Esc closes the picture; reload the page to open it again.")
+                   "app saves by itself 1 to 3 s later. Keys typed inside it stay inside it: click beside it before "
+                   "you press A, X or S. Esc closes the picture; reload the page to open it again.")
 
         @st.fragment(run_every=LIVE_S)
         def live() -> None:
@@ -183,11 +183,12 @@ def work(dataset: str) -> None:
             with st.container(horizontal=True, vertical_alignment="center"):
                 st.link_button("Correct it in CVAT", workbench.server.review_url(dataset, frame),
                                icon=":material/open_in_new:")
-                st.caption("Save there, then accept or reject here; or complete the job in CVAT, which accepts its frames.")
+                st.caption("Save there, then accept or reject here; or complete the job in CVAT, which accepts its "
+                           "frames.")
         elif not is_app_up and st.session_state.get("review_how", DRAW) == DRAW:
             st.warning(f"FiftyOne's app does not answer at {workbench.config.fiftyone}, so boxes cannot be changed "
-                       "here. Start it with `workbench up`, or see `workbench doctor`. You can still accept and reject by "
-                       "looking.", icon=":material/power_off:")
+                       "here. Start it with `workbench up`, or see `workbench doctor`. You can still accept and reject "
+                       "by looking.", icon=":material/power_off:")
         surface(working, dataset, task.labels, person, in_app)
         hold(dataset, frame, person)
     with st.expander("Decisions", icon=":material/history:"):

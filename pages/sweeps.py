@@ -7,11 +7,11 @@ from typing import Any
 
 import streamlit as st
 
-from app import session, sweep_charts, times
+from app import scores, session, sweep_charts, times
 from app.sweep_charts import BEST, Line
 from app.training_form import GIT, OWN, Asked, form
 from workbench.errors import Invalid
-from workbench.evaluation.primary import PRIMARY, default_metric, task_of
+from workbench.evaluation.primary import PRIMARY
 from workbench.jobs import JobStatus
 from workbench.recipe import read_recipe
 from workbench.search_space import Space, read_space, suggest
@@ -38,7 +38,7 @@ def start(dataset: str) -> None:
             session.empty("A sweep trains on a published version.", "versions", "Versions", "commit")
             return
         is_git = st.session_state.get("retrain_source", OWN) == GIT
-        left, right = st.columns([2, 3], gap="large")
+        left, right = st.columns([4, 5], gap="large")  # a range of the space fits into a line
         with left:
             space = search_space(asked, is_git)
         with right:
@@ -103,18 +103,11 @@ def choices(is_git: bool) -> dict[str, Any]:
         st.caption(f"Compared by the primary metric above, {METRIC} where none is given.")
         return how
     one, two = st.columns([2, 1], vertical_alignment="bottom")
-    usual = metric_of(st.session_state["pick_version"])
+    usual = scores.metric_of(st.session_state["pick_version"])
     metric = one.selectbox("Compared by", list(PRIMARY), list(PRIMARY).index(usual), accept_new_options=True,
                            key=f"sweep_metric_{usual}", help="A number that the recipe writes into history.jsonl and "
                            "metrics.json. Another one may be typed in.")
     return how | {"metric": metric or usual, "lower_is_better": two.toggle("Lower is better", key="sweep_lower")}
-
-
-@st.cache_data(show_spinner=False, max_entries=100)
-def metric_of(version: str) -> str:
-    """What models of a version are usually compared by: it says what people drew on it. A version never changes."""
-    frames = session.workbench().datasets.manifest(version).frames
-    return default_metric(task_of(frames), frames)
 
 
 def arguments(dataset: str, asked: Asked, space: dict[str, Any], how: dict[str, Any], is_git: bool) -> dict[str, Any]:
@@ -192,7 +185,7 @@ def fill(job: JobStatus) -> None:
         filled = {"retrain_source": OWN, "chosen_recipe": job.result["recipe"],
                   **{f"param_{job.result['recipe']}_{name}": value if isinstance(value, str) else float(value)
                      for name, value in found.items()}}
-    st.session_state["sweep_fills"] = filled
+    st.session_state["sweep_fills"] = {**filled, "retrain_gpu": args.get("gpu") is True}
 
 
 def leave_filled() -> None:

@@ -124,7 +124,8 @@ def outcome(job: JobStatus) -> None:
         refused = result.get("refused_count", 0)
         with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
             st.markdown(
-                f":material/warning: **{refused} {'files were' if refused != 1 else 'file was'} refused**, the others went on."
+                f":material/warning: **{refused} {'files were' if refused != 1 else 'file was'} refused**, the others "
+                "went on."
                 if refused
                 else ":material/info: **Every picture was taken.** Some need a word:"
             )

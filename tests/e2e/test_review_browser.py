@@ -1,4 +1,4 @@
-"""Review in a real browser: draw and move boxes in FiftyOne's annotation inside the page, accept, reject, undo by key."""
+"""Review in a real browser: draw and move boxes in FiftyOne's annotation in the page, accept, reject, undo by key."""
 
 from __future__ import annotations
 
@@ -49,11 +49,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     home, port = folder / "home", free_port()
     home.mkdir()
     with mongod(folder / "mongo") as mongo, fiftyone_app(mongo, folder) as app:
-        (home / "settings.toml").write_text(f'mongo_url = "{mongo}"\nperson = "ann"\nfiftyone_port = {app.rsplit(":", 1)[1]}\n')
+        (home / "settings.toml").write_text(
+            f'mongo_url = "{mongo}"\nperson = "ann"\nfiftyone_port = {app.rsplit(":", 1)[1]}\n')
         workbench = Workbench(Config.read(home, environ={}))
         fill(workbench)
-        command = [sys.executable, "-m", "streamlit", "run", str(PROJECT / "app" / "main.py"), "--server.port", str(port),
-                   "--server.address", "127.0.0.1", "--server.headless", "true", "--browser.gatherUsageStats", "false"]
+        command = [sys.executable, "-m", "streamlit", "run", str(PROJECT / "app" / "main.py"), "--server.port",
+                   str(port), "--server.address", "127.0.0.1", "--server.headless", "true",
+                   "--browser.gatherUsageStats", "false"]
         environment = {**os.environ, "WORKBENCH_HOME": str(home)}
         with running(command, folder / "streamlit.log", f"http://127.0.0.1:{port}/_stcore/health", environment):
             yield Site(f"http://127.0.0.1:{port}", workbench)

@@ -65,8 +65,8 @@ def button(at: AppTest, label: str):
 def test_accepted_work_is_offered_and_published_by_one_click(at_work: Workbench) -> None:
     assert "accepted in CVAT" not in said(section())
     accept(at_work, at_work.cvat.people("cells").jobs()[0].id)
-    pull("cells", server=at_work.cvat, store=at_work.datasets, records=at_work.records, hooks=at_work.hooks, job=Quiet(),
-         person="ada", gather_s=0)
+    pull("cells", server=at_work.cvat, store=at_work.datasets, records=at_work.records, hooks=at_work.hooks,
+         job=Quiet(), person="ada", gather_s=0)
     at = section()
     assert "2 frames" in said(at)
     button(at, "Publish 0.2.0").click().run()
@@ -161,7 +161,8 @@ def test_pre_annotate_and_pull_start_their_jobs(at_work: Workbench) -> None:
 @pytest.mark.parametrize("break_it, says", [
     (lambda double: double.fail("GET", "/api/jobs", "html", times=40), "cvat_url"),
     (lambda double: double.fail("GET", "/api/jobs", 500, times=40), "Look into its log"),
-    (lambda double: [double.state.delete_project(key) for key in list(double.state.projects)], "Upload the data set again")])
+    (lambda double: [double.state.delete_project(key) for key in list(double.state.projects)],
+     "Upload the data set again")])
 def test_a_server_in_trouble_leaves_a_sentence_and_a_page(at_work: Workbench, double: CvatDouble, break_it, says: str,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     from workbench.adapters.cvat import connection
@@ -192,8 +193,8 @@ def test_an_empty_cvat_says_where_to_begin(double: CvatDouble, tmp_path: Path, m
 @pytest.mark.parametrize("stage, state, step", [
     ("annotation", "new", "to annotate"), ("annotation", "in progress", "being annotated"),
     ("annotation", "completed", "to validate"), ("validation", "in progress", "to validate"),
-    ("validation", "completed", "to accept"), ("acceptance", "new", "to accept"), ("acceptance", "completed", "accepted"),
-    ("validation", "rejected", "rejected")])
+    ("validation", "completed", "to accept"), ("acceptance", "new", "to accept"),
+    ("acceptance", "completed", "accepted"), ("validation", "rejected", "rejected")])
 def test_each_stage_and_state_is_one_step(stage: str, state: str, step: str) -> None:
     job = CvatJob(1, 7, "annotation", stage, state, "", 0, 9, 10, "http://cvat.example/tasks/7/jobs/1")
     assert cvat_work.step_of(job) == step

@@ -79,10 +79,10 @@ def test_text_from_outside_cannot_become_markup() -> None:
         {},
         (),
         0,
-        best=("<script>x</script>", 0.5),
+        best=("<script>x</script>", "<b>m</b>", 0.5),
         deployed="<img src=x>",
         champion="'\"&",
-        champion_map=0.5,
+        champion_score=("<i>m</i>", 0.5),
         evaluations=1,
         runs=1,
     )

@@ -7,7 +7,8 @@ from streamlit.testing.v1 import AppTest
 
 from workbench.wiring import Workbench
 
-PAGES = ("overview", "upload", "annotate", "review", "evaluate", "versions", "retrain", "sweeps", "models", "jobs", "cvat")
+PAGES = ("overview", "upload", "annotate", "review", "evaluate", "versions", "retrain", "sweeps", "models", "jobs",
+         "cvat")
 
 
 def texts(at: AppTest) -> str:

@@ -57,7 +57,8 @@ def headings(at: AppTest) -> str:
     return " ".join(each.value for each in at.markdown)
 
 
-def test_the_page_shows_progress_the_next_frame_and_where_its_boxes_come_from(reviewing: Workbench, visit: Open) -> None:
+def test_the_page_shows_progress_the_next_frame_and_where_its_boxes_come_from(
+        reviewing: Workbench, visit: Open) -> None:
     at = visit("review", dataset="shapes")
     assert "shelf/009\\.jpg" in headings(at)
     assert any("does not answer" in warning.value for warning in at.warning)
@@ -77,7 +78,8 @@ def test_accept_moves_on_and_undo_comes_back(reviewing: Workbench, visit: Open) 
     assert reviewing.records.leased("shapes") == {"shelf/010.jpg": "ann"}
     button(at, "Undo").click().run()
     assert frame(reviewing, "shelf/009.jpg").status == "annotated" and "shelf/009\\.jpg" in headings(at)
-    assert [entry.facts["decision"] for entry in reviewing.records.entries("reviews", "shapes", "shelf/009.jpg")] == ["reopen", "accepted"]
+    entries = reviewing.records.entries("reviews", "shapes", "shelf/009.jpg")
+    assert [entry.facts["decision"] for entry in entries] == ["reopen", "accepted"]
 
 
 def test_reject_and_skip_move_on_until_nothing_is_left(reviewing: Workbench, visit: Open) -> None:
@@ -96,7 +98,8 @@ def test_a_person_s_unsigned_work_is_shown_and_signed(reviewing: Workbench, visi
     working = frame(reviewing, "shelf/009.jpg")
     first = working.annotations[0]
     x1, y1, x2, y2 = first.xyxy
-    moved = Annotation(first.label, (x1 + 5, y1, x2 + 5, y2), source=first.source, confidence=first.confidence, id=first.id)
+    moved = Annotation(first.label, (x1 + 5, y1, x2 + 5, y2), source=first.source, confidence=first.confidence,
+                       id=first.id)
     edited = (moved, *working.annotations[2:], Annotation("disc", (5, 5, 30, 30), id="f" * 32))
     assert reviewing.server.write("shapes", [replace(working, annotations=edited)]) == []
     at = visit("review", dataset="shapes")

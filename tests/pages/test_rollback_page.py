@@ -35,13 +35,15 @@ def test_without_a_champion_before_there_is_no_button(partless: Workbench, tmp_p
 
 
 def test_a_rollback_and_intervals_stand_among_the_decisions_and_a_date_says_who_led(twice: Workbench, visit) -> None:
-    reason = "shapes-detector@1 is champion again in place of shapes-detector@2, rolled back by anna; nothing was measured."
+    reason = ("shapes-detector@1 is champion again in place of shapes-detector@2, rolled back by anna; nothing was "
+              "measured.")
     facts = {"promoted": True, "rollback": True, "reason": reason, "challenger": {"model": "shapes-detector@1"}}
     twice.records.add("promotions", "shapes", "shapes-detector@1", "anna", facts)
     at = visit("retrain", dataset="shapes")
     table = next(one.value for one in at.dataframe if "decision" in one.value)
     assert list(table["decision"]) == ["champion again", "champion", "champion"]
     assert table["difference, 95 %"][1] == "+0.010 to +0.060"
+    assert f"The last: {reason}" in texts(at).replace("\\", "")
     assert "shapes-detector@2** was champion before **shapes-detector@1" in texts(at)
     picker = next(one for one in at.date_input if one.label == "Who was champion on")
     picker.set_value(date(2020, 1, 1)).run()

@@ -20,8 +20,10 @@ RECIPE = "efficientnet_lite0_fcos"
 SPACE = {"lr": {"low": 0.0001, "high": 0.1, "log": True}, "batch_size": [4, 8]}
 ASKED = {"dataset": "shapes", "version": "shapes@0.1.0", "recipe": RECIPE, "space": SPACE, "metric": "map_50_95"}
 TRIALS = (
-    (Trial(0, {"lr": 0.001, "batch_size": 4}, "complete", 0.3, is_settled=True, started_at=1e9, seconds=61), (0.1, 0.3)),
-    (Trial(1, {"lr": 0.01, "batch_size": 8}, "complete", 0.42, is_settled=True, started_at=1e9, seconds=62), (0.2, 0.42)),
+    (Trial(0, {"lr": 0.001, "batch_size": 4}, "complete", 0.3, is_settled=True, started_at=1e9, seconds=61),
+     (0.1, 0.3)),
+    (Trial(1, {"lr": 0.01, "batch_size": 8}, "complete", 0.42, is_settled=True, started_at=1e9, seconds=62),
+     (0.2, 0.42)),
     (Trial(2, {"lr": 0.09, "batch_size": 4}, "pruned", None, "It falls behind.",
            is_settled=True, started_at=1e9, seconds=30), (0.01,)),
     (Trial(3, {"lr": 0.002, "batch_size": 4}, "failed", None, "The training ended with exit code 3.\nlog",
@@ -40,8 +42,8 @@ def sweep(workbench: Workbench, state: str = "done", count: int = len(TRIALS)) -
         write_trial(folder, trial)
         output = folder_of(folder, trial.number) / "output"
         output.mkdir()
-        output.joinpath("history.jsonl").write_text("".join(
-            json.dumps({"epoch": epoch, "epochs": 9, "map_50_95": value}) + "\n" for epoch, value in enumerate(values, 1)))
+        rows = [{"epoch": epoch, "epochs": 9, "map_50_95": value} for epoch, value in enumerate(values, 1)]
+        output.joinpath("history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def button(at: AppTest, key: str):
@@ -56,7 +58,8 @@ def charts(at: AppTest) -> int:
     return len(at.get("vega_lite_chart"))
 
 
-def test_the_form_begins_with_a_space_around_the_recipes_defaults_and_starts_one_job(partless: Workbench, visit) -> None:
+def test_the_form_begins_with_a_space_around_the_recipes_defaults_and_starts_one_job(
+        partless: Workbench, visit) -> None:
     at = visit("sweeps", dataset="shapes")
     assert "No sweep yet." in texts(at)
     proposed = json.loads(field(at, "Search space").value)
