@@ -379,7 +379,7 @@ def _certified(workbench: Workbench, folder: Path) -> ModelCard:
     from int8 import known_on_photographs, quantised
     case = known_on_photographs(workbench.open_backend, DATA / "images" / "coco_val100")[0]
     (folder / "int8").mkdir()
-    made, report, _ = quantised(*case[:3], workbench.open_backend, folder / "int8", limits={"map_loss": 0.005})
+    made, report, _ = quantised(*case[:3], workbench.open_backend, folder / "int8", limits={"loss": 0.005})
     workbench.models.register(made.card, made.folder)
     workbench.certificates.add(report["facts"], "bench")
     return made.card

@@ -67,15 +67,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="int8-") as folder:
         for model, calibrating, held_out, labels in _cases(options, open_backend):
             made, report, chosen = quantised(model, calibrating, held_out, open_backend, Path(folder), options.frames,
-                                             options.seed, {"map_loss": options.map_loss, "speedup": 0.0})
+                                             options.seed, {"loss": options.map_loss, "speedup": 0.0})
             speeds, _ = throughput({"fp32": model, "int8": made}, open_backend, ROUNDS, ROUND_S)
             facts = report["facts"]
             found[model.card.name] = {
                 "speedup": round(speeds["int8"] / speeds["fp32"], 3), "map_fp32": round(facts["fp32"]["map_50_95"], 4),
-                "map_int8": round(facts["int8"]["map_50_95"], 4), "map_loss": round(facts["map_loss"], 4),
-                "map_loss_interval": [round(value, 4) for value in facts["map_loss_interval"]],
+                "map_int8": round(facts["int8"]["map_50_95"], 4), "metric": facts["metric"], "loss": round(facts["loss"], 4),
+                "loss_interval": [round(value, 4) for value in facts["loss_interval"]],
                 "images_per_s": {name: round(value, 1) for name, value in speeds.items()}, "labels": labels,
-                "calibrated_on": len(chosen), "measured_on": facts["frames"], "box_shift_px": facts["box_shift_px"],
+                "calibrated_on": len(chosen), "measured_on": facts["frames"], "box_shift_px": facts.get("box_shift_px"),
                 "ranges": made.card.quantization["ranges"], "agreement": report["agreement"],
                 "float_layers": len(made.card.quantization["float_layers"]), "attempts": len(report["attempts"]),
                 "precision": facts["precision"], "library": facts["library"], "passed": facts["passed"],

@@ -20,8 +20,13 @@ import numpy as np
 import yaml
 
 from workbench.adapters.openvino import OpenVINO
+from workbench.annotation import Annotation
+from workbench.dataset import Frame, LabeledFrame
 from workbench.inference.detector import Detector
 from workbench.model import ModelCard
+from workbench.ports import Quiet
+from workbench.steps.certify import HeldOut, Opened
+from workbench.steps.quantize import build, choose
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 WIDTH, HEIGHT = 96, 64
@@ -153,6 +158,26 @@ def opened(output: Path, **decoder: Any) -> Detector:
                        "pad": spec["pad_value"]}
     card = ModelCard.from_json({**record, "version": "1", "decoder": {**record["decoder"], **decoder}})
     return Detector(card, output, lambda file: OpenVINO(file, threads=1))
+
+
+def in_int8(output: Path, drawn: Sequence[tuple[np.ndarray, tuple[Annotation, ...]]], folder: Path) -> dict[str, Any]:
+    """What `quantize` reports of a training's model ("facts", "agreement", "attempts"), its files in `folder`.
+
+    drawn  (pixels, annotations) of frames: the first 20 calibrate, the others certify
+    """
+    def open_backend(file: Any) -> OpenVINO:
+        return OpenVINO(file, threads=1)
+
+    card = opened(output).card
+    pictures = {f"{number}.png": cv2.imencode(".png", pixels[:, :, ::-1])[1].tobytes()
+                for number, (pixels, _) in enumerate(drawn)}
+    frames = tuple(LabeledFrame(Frame(name, pixels.shape[1], pixels.shape[0], name, "", 1), labels)
+                   for name, (pixels, labels) in zip(pictures, drawn))
+    held_out = HeldOut("shapes@1.0.0/test", frames[20:], card.labels, lambda frame: pictures[frame.name])
+    model = Opened(card, output)
+    chosen, rest = choose(model, frames[:20], held_out, 16, 0, Quiet())
+    limits = {"loss": 0.02, "class_loss": 0.05, "speedup": 0.0}
+    return build(model, held_out, chosen, rest, 0, open_backend, Quiet(), folder, limits)[1]
 
 
 def read_rgb(file: Path) -> np.ndarray:

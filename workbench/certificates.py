@@ -21,8 +21,8 @@ class Certificates:
         self._records, self._key_file = records, Path(key_file)
 
     def of(self, model: str) -> list[dict[str, Any]]:
-        """All certificates of a model version, newest first."""
-        return [entry.facts for entry in self._records.entries("certificates", subject=model)]
+        """All certificates of a model version, newest first, in today's words (certificate.as_now)."""
+        return [certificate.as_now(one) for one in self._sealed(model)]
 
     def add(self, facts: Mapping[str, Any], person: str) -> dict[str, Any]:
         """Seals the facts, keeps them and returns the certificate."""
@@ -36,7 +36,7 @@ class Certificates:
 
         Raises Invalid, naming the next step, when there is none or it does not allow the model to annotate.
         """
-        kept = self.of(model)
+        kept = self._sealed(model)
         if not kept:
             raise Invalid(f"{model} is an INT8 model without a certificate, so it may not annotate. Run `workbench "
                           f"certify {model} --version DATASET@VERSION`, or annotate with the FP32 version.")
@@ -46,4 +46,8 @@ class Certificates:
         certificate.verify(found, certificate.key(self._key_file), model=model, file_sha256=file_sha256,
                            backend=report.backend, device=report.device, library=report.library,
                            calibration_digest=calibration_digest)
-        return found
+        return certificate.as_now(found)
+
+    def _sealed(self, model: str) -> list[dict[str, Any]]:
+        """As they were signed."""
+        return [entry.facts for entry in self._records.entries("certificates", subject=model)]

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +21,130 @@ import numpy as np
 
 from workbench.annotation import Annotation
 from workbench.boxes import Detections
+from workbench.dataset import LabeledFrame
 from workbench.errors import Invalid
 from workbench.evaluation.matching import match
-from workbench.evaluation.metrics import Metrics, score
-from workbench.evaluation.paired import differences, interval
+from workbench.evaluation.paired import Figure, drawn, interval
+from workbench.evaluation.primary import PRIMARY, Scored, counts
+from workbench.evaluation.regions import pixels
+from workbench.evaluation.tags import TagMetrics, TagTable, table
 from workbench.taxonomy import Taxonomy
 
-# map_loss    what mAP@[.5:.95] may fall by
-# class_loss  what the AP of a label with LEAST_BOXES may fall by, as far as the frames prove it: the lower end of its
-#             interval counts
+# What a certificate compares by (evaluation.primary.default_metric) -> what people call it over all labels, and of one.
+METRICS: Mapping[str, tuple[str, str]] = {"map_50_95": ("mAP", "AP"), "miou": ("mIoU", "IoU"),
+                                          "accuracy": ("accuracy", "accuracy"), "map": ("mAP", "AP")}
+# loss        what the task's metric may fall by, in 0..1
+# class_loss  what a label with LEAST_TRUTH may lose of it, as far as the frames prove it: the lower end of its interval
+#             counts
 # speedup     int8 below it is of no use on this device
-# frames      with fewer the figures prove nothing
-LIMITS: Mapping[str, float] = {"map_loss": 0.005, "class_loss": 0.03, "speedup": 1.0, "frames": 10}
-# A label with fewer boxes is not judged by itself: draws of so few boxes do not show how far chance alone reaches.
-LEAST_BOXES = 20
+# frames      with fewer that have labels the figures prove nothing
+LIMITS: Mapping[str, float] = {"loss": 0.005, "class_loss": 0.03, "speedup": 1.0, "frames": 10}
+# A label with fewer boxes, regions or tags is not judged by itself: draws of so few do not show how far chance reaches.
+LEAST_TRUTH = 20
+# Names of before models of tags and polygons had certificates, too.
+RENAMED: Mapping[str, str] = {"map_loss": "loss", "map_loss_interval": "loss_interval", "boxes": "truth"}
 
 
-def compare(truth: Mapping[str, Sequence[Annotation]], fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
-            taxonomy: Taxonomy, confidence: float, seed: int = 0) -> dict[str, Any]:
-    """The figures of a certificate that come from detections: {"frames", "boxes", "fp32", "int8", "map_loss",
-    "map_loss_interval", "per_class", "box_shift_px"}.
+@dataclass(frozen=True)
+class Measured:
+    """What one of the two models does on the held-out frames.
 
-    truth, fp32, int8  frame name -> annotations; detections down to a low confidence, class_id indexes `taxonomy`
-    confidence         at and above it a box is drawn; box_shift_px is over boxes that both draw, the largest of a
-                       box's four shifts
-
-    Intervals are 95 % intervals of the loss FP32 - INT8 (of mAP, of a label's AP): evaluation/paired.py.
+    found   frame name -> Detections down to a low confidence, of tags every label; class_id indexes the taxonomy
+    scored  what evaluation makes of them, at the model's own confidence
+    figure  the compared metric over draws of the frames
     """
-    scores = {"fp32": score(truth, fp32, taxonomy, confidence), "int8": score(truth, int8, taxonomy, confidence)}
-    overall, losses = differences(truth, fp32, int8, taxonomy, seed)
+
+    found: Mapping[str, Detections]
+    scored: Scored
+    figure: Figure
+
+
+def compare(metric: str, frames: Sequence[LabeledFrame], fp32: Measured, int8: Measured,
+            seed: int = 0) -> dict[str, Any]:
+    """The figures of a certificate that come from what both models find: {"metric", "frames", "labelled", "truth",
+    "fp32", "int8", "loss", "loss_interval", "per_class"} and, by what the metric is about, one of
+      box_shift_px  {"median", "p95"} over boxes that both draw at FP32's confidence: the largest of a box's four shifts
+      same_pixels   see `same_pixels`
+      same_tags     share of the frames on which both set the same tags, or none
+
+    metric    one of METRICS
+    labelled  how many of the frames have something that the metric counts; truth: how many such things there are
+
+    Intervals are 95 % intervals of the loss FP32 - INT8 (of the metric, of a label's part): evaluation/paired.py.
+    """
+    overall, losses = drawn(fp32.figure, int8.figure, len(frames), seed)
+    both = {"fp32": fp32.scored, "int8": int8.scored}
+    parts = {name: scored.by_label(metric) for name, scored in both.items()}
     return {
-        "frames": len(truth), "boxes": scores["fp32"].truth,
-        **{name: {"map_50_95": found.map_50_95, "map_50": found.map_50} for name, found in scores.items()},
-        "map_loss": scores["fp32"].map_50_95 - scores["int8"].map_50_95, "map_loss_interval": interval(overall),
-        "per_class": {label: {**_aps(scores, label), "interval": interval(losses[label]),
-                              "boxes": int(scores["fp32"].per_class[label]["truth"])} for label in losses},
-        "box_shift_px": _shift(fp32, int8, confidence)}
+        "metric": metric, "frames": len(frames),
+        "labelled": sum(any(counts(metric, drawing) for drawing in one.annotations or ()) for one in frames),
+        "truth": fp32.scored.truth, **{name: dict(scored.values) for name, scored in both.items()},
+        "loss": both["fp32"].values[metric] - both["int8"].values[metric], "loss_interval": interval(overall),
+        "per_class": {label: {"fp32": parts["fp32"][label], "int8": parts["int8"][label],
+                              "interval": interval(losses[label]),
+                              "truth": int(fp32.scored.per_class[label]["truth"])} for label in parts["fp32"]},
+        **_likeness(metric, frames, fp32, int8)}
 
 
 def judge(figures: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
     """Why the figures do not pass; [] when they do."""
     reasons = []
+    metric, part = METRICS[figures["metric"]]
     if figures["precision"] != "int8":
         reasons.append(f"{figures['library']} computed the file in {figures['precision']}: no int8 kernel ran.")
-    if figures["frames"] < limits["frames"]:
-        reasons.append(f"{figures['frames']} held-out frames prove nothing; {limits['frames']:.0f} are the least.")
-    if not figures["map_loss"] <= limits["map_loss"]:
-        reasons.append(f"mAP falls by {figures['map_loss']:.4f}, {limits['map_loss']} is allowed.")
+    if figures["labelled"] < limits["frames"]:
+        reasons.append(f"{figures['labelled']} held-out frames with labels prove nothing; {limits['frames']:.0f} are "
+                       "the least.")
+    if not figures["loss"] <= limits["loss"]:
+        reasons.append(f"The {metric} falls by {figures['loss']:.4f}, {limits['loss']} is allowed.")
     for label, row in figures["per_class"].items():
-        if row["boxes"] >= LEAST_BOXES and not row["interval"][0] <= limits["class_loss"]:
-            reasons.append(f"AP of {label} falls by at least {row['interval'][0]:.4f}, {limits['class_loss']} is "
-                           "allowed.")
+        if row["truth"] >= LEAST_TRUTH and not row["interval"][0] <= limits["class_loss"]:
+            reasons.append(f"The {part} of {label} falls by at least {row['interval'][0]:.4f}, {limits['class_loss']} "
+                           "is allowed.")
     if not figures["speedup"] >= limits["speedup"]:
         reasons.append(f"It runs {figures['speedup']:.2f} times as fast as FP32 here, {limits['speedup']} is the "
                        "least.")
     return reasons
+
+
+def as_now(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """A certificate in today's words: those of before models of tags and polygons had any are about boxes."""
+    if "map_loss" not in certificate:
+        return dict(certificate)
+    now = {RENAMED.get(name, name): value for name, value in certificate.items()}
+    rows = {label: {RENAMED.get(name, name): value for name, value in row.items()}
+            for label, row in certificate.get("per_class", {}).items()}
+    limits = {RENAMED.get(name, name): value for name, value in certificate.get("limits", {}).items()}
+    return {"metric": "map_50_95", "labelled": certificate.get("frames"), **now, "per_class": rows, "limits": limits}
+
+
+def as_truth(found: Detections, confidence: float, taxonomy: Taxonomy, source: str) -> tuple[Annotation, ...]:
+    """What a model draws from a confidence on, as if people had drawn it. source: "model:student@3"."""
+    shown = found[found.confidence >= np.float32(confidence)]
+    rings = shown.polygons or [None] * len(shown)
+    return tuple(Annotation(taxonomy.labels[class_id], tuple(map(float, xyxy)),
+                            None if ring is None else tuple(map(tuple, ring.tolist())), source=source)
+                 for xyxy, class_id, ring in zip(shown.xyxy, shown.class_id, rings))
+
+
+def same_pixels(frames: Sequence[LabeledFrame], fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
+                taxonomy: Taxonomy, confidences: tuple[float, float]) -> float | None:
+    """Of the pixels that at least one of two models gives a label, the share to which both give the same one; None when
+    both draw nothing.
+
+    confidences  from which on FP32's and INT8's polygons count
+    """
+    drawn_by_fp32 = [replace(one, annotations=as_truth(fp32[one.frame.name], confidences[0], taxonomy, "model:fp32@1"))
+                     for one in frames]
+    counted = pixels(drawn_by_fp32, int8, taxonomy, confidences[1]).confusion.sum(axis=0)
+    either = counted.sum() - counted[-1, -1]
+    return float(np.trace(counted[:-1, :-1]) / either) if either else None
+
+
+def tag_table(frames: Sequence[LabeledFrame], found: Mapping[str, Detections], scored: TagMetrics) -> TagTable:
+    """Every label's confidence on every frame, and which of them are set."""
+    truth = {one.frame.name: () for one in frames}
+    return table(truth, found, Taxonomy(scored.labels), scored.confidence, scored.is_exclusive)
 
 
 def key(file: Path) -> bytes:
@@ -135,6 +205,16 @@ def verify(certificate: Mapping[str, Any], sealing_key: bytes, *, model: str, fi
                       "version, or quantise again with more frames.")
 
 
+def _likeness(metric: str, frames: Sequence[LabeledFrame], fp32: Measured, int8: Measured) -> dict[str, Any]:
+    if PRIMARY[metric] == "tags":
+        one, other = (tag_table(frames, model.found, model.scored).is_set for model in (fp32, int8))
+        return {"same_tags": float((one == other).all(axis=1).mean())}
+    if PRIMARY[metric] == "polygons":
+        confidences = fp32.scored.confidence, int8.scored.confidence
+        return {"same_pixels": same_pixels(frames, fp32.found, int8.found, Taxonomy(fp32.scored.labels), confidences)}
+    return {"box_shift_px": _shift(fp32.found, int8.found, fp32.scored.confidence)}
+
+
 def _shift(fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
            confidence: float) -> dict[str, float | None]:
     shifts = []
@@ -145,10 +225,6 @@ def _shift(fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
     if not shifts:
         return {"median": None, "p95": None}
     return {"median": float(np.median(shifts)), "p95": float(np.percentile(shifts, 95))}
-
-
-def _aps(scores: Mapping[str, Metrics], label: str) -> dict[str, float]:
-    return {name: found.per_class[label]["ap"] for name, found in scores.items()}
 
 
 def _signature(facts: Mapping[str, Any], sealing_key: bytes) -> str:

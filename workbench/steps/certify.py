@@ -17,10 +17,10 @@ import numpy as np
 from workbench.blobs import Blobs
 from workbench.boxes import Detections
 from workbench.certificates import Certificates
-from workbench.dataset import SPLITS, Frame, LabeledFrame
+from workbench.dataset import Frame, LabeledFrame
 from workbench.errors import Invalid, WorkbenchError
-from workbench.evaluation.metrics import DEFAULT_CONFIDENCE
-from workbench.inference.certificate import LIMITS, compare, judge
+from workbench.evaluation.primary import default_metric, figure
+from workbench.inference.certificate import LIMITS, Measured, compare, judge
 from workbench.inference.detector import Detector, OpenBackend
 from workbench.inference.graph import read_graph
 from workbench.inference.pipeline import detect_frames
@@ -28,7 +28,7 @@ from workbench.inference.quantize import is_quantized
 from workbench.model import ModelCard
 from workbench.ports import DatasetStore, Job, ModelStore
 from workbench.records import now
-from workbench.steps.evaluate import LEAST_CONFIDENCE, class_ids, translated
+from workbench.steps.evaluate import class_ids, labelled_split, scored, telling_all, translated
 from workbench.taxonomy import Taxonomy
 
 # FP32 and INT8 take turns, so that whatever else the machine does meets both; medians of ROUNDS count.
@@ -82,8 +82,8 @@ def certify(model: str, version: str, *, split: str = "test", against: str = "",
     against  the FP32 version; default: the one the card says it was made from
     limits   over certificate.LIMITS
 
-    Raises Invalid for a model that is not quantised or whose origin is unknown or another file now, a split without
-    boxes, and labels that do not fit; NotFound.
+    Raises Invalid for a model that is not quantised or whose origin is unknown, draws something else or is another file
+    now, a split without labels of its task, and labels that do not fit; NotFound.
     """
     card = models.card(model)
     opened = Opened(card, models.folder(model))
@@ -98,47 +98,38 @@ def certify(model: str, version: str, *, split: str = "test", against: str = "",
     if expected not in (None, given):
         raise Invalid(f"{model} was made from a file of sha256 {expected[:12]}..., {against} is {given[:12]}.... Name "
                       "the right FP32 version with --against.")
+    if origin.card.task != card.task:
+        raise Invalid(f"{model} draws {card.task}, {against} draws {origin.card.task}: it cannot be what {model} was "
+                      "made from. Name the right FP32 version with --against.")
     held_out = held_out_of(version, split, origin.card, store, blobs)
     return certificates.add(measure(opened, origin, held_out, open_backend, job, limits), person)
 
 
 def held_out_of(version: str, split: str, card: ModelCard, store: DatasetStore, blobs: Blobs) -> HeldOut:
-    """Raises Invalid for a split that does not exist or has no labelled box, and when the model knows none of its
-    labels or draws no boxes."""
-    if split not in SPLITS:
-        raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
-    if card.task != "boxes":
-        raise Invalid(f"{card.ref} draws {card.task}; certificates are about boxes and would not show what INT8 costs "
-                      "it. Use its FP32 version.")
-    manifest = store.manifest(version)
-    frames = manifest.split(split)
-    if not any(one.annotations for one in frames):
-        raise Invalid(f"{version} has no labelled box in its {split} split, so nothing can be certified on it. Review "
-                      "frames of that split and publish a version.")
-    if not card.labels.map_to(manifest.taxonomy).pairs:
-        raise Invalid(f"{card.ref} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
-                      f"{', '.join(manifest.taxonomy.labels[:10])}. Choose a data set of the model's own kind.")
-    return HeldOut(f"{version}/{split}", frames, manifest.taxonomy, lambda frame: blobs.get(frame.blob))
+    """Raises Invalid as `labelled_split` does."""
+    frames, taxonomy = labelled_split(card, version, split, store)
+    return HeldOut(f"{version}/{split}", frames, taxonomy, lambda frame: blobs.get(frame.blob))
 
 
 def measure(int8: Opened, fp32: Opened, held_out: HeldOut, open_backend: OpenBackend, job: Job,
-            limits: Mapping[str, float] | None = None, known: dict[str, Detections] | None = None) -> dict[str, Any]:
-    """A certificate's facts, unsealed. `known`: FP32's detections from `detect`, where they were made before.
+            limits: Mapping[str, float] | None = None, known: Measured | None = None) -> dict[str, Any]:
+    """A certificate's facts, unsealed, by the metric that promotion compares models of the task by. `known`: what `see`
+    gave of FP32, where it was made before.
 
     Raises Invalid for a limit that does not exist and for a frame that cannot be read.
     """
-    strange = sorted(set(limits or {}) - set(LIMITS))
+    # "map_loss" is what the limit was called while certificates were about boxes alone; jobs and rules of then say it.
+    limits = {"loss" if name == "map_loss" else name: value for name, value in (limits or {}).items()}
+    strange = sorted(set(limits) - set(LIMITS))
     if strange:
         raise Invalid(f"A certificate has no limit {strange[0]!r}; there are {', '.join(LIMITS)}.")
-    limits = {**LIMITS, **(limits or {})}
+    limits = {**LIMITS, **limits}
     wrong = [name for name, value in limits.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
     if wrong:
         raise Invalid(f"The limit {wrong[0]} must be a number, got {limits[wrong[0]]!r}.")
-    truth = {one.frame.name: one.annotations for one in held_out.frames}
-    found = {"fp32": detect(fp32, held_out, open_backend, job) if known is None else known,
-             "int8": detect(int8, held_out, open_backend, job)}
-    confidence = fp32.card.decoder.get("confidence", DEFAULT_CONFIDENCE)
-    figures = compare(truth, found["fp32"], found["int8"], held_out.taxonomy, confidence)
+    metric = default_metric(fp32.card.task, held_out.frames)
+    figures = compare(metric, held_out.frames, known or see(fp32, held_out, open_backend, job),
+                      see(int8, held_out, open_backend, job))
     job.check()
     speeds, report = throughput({"fp32": fp32, "int8": int8}, open_backend)
     for name, images_per_s in speeds.items():
@@ -154,12 +145,20 @@ def measure(int8: Opened, fp32: Opened, held_out: HeldOut, open_backend: OpenBac
     return {**facts, "passed": not reasons, "reasons": reasons}
 
 
+def see(model: Opened, held_out: HeldOut, open_backend: OpenBackend, job: Job) -> Measured:
+    """What a model finds on the frames and how it is scored. Raises Invalid as `detect` does."""
+    frames, taxonomy, found = held_out.frames, held_out.taxonomy, detect(model, held_out, open_backend, job)
+    metrics = scored(model.card, frames, found, taxonomy)
+    metric = default_metric(model.card.task, frames)
+    return Measured(found, metrics, figure(metric, frames, found, metrics, taxonomy))
+
+
 def detect(model: Opened, held_out: HeldOut, open_backend: OpenBackend, job: Job) -> dict[str, Detections]:
-    """Frame name -> all boxes a model finds there, class ids of the data set's taxonomy; Invalid for an unreadable
-    frame."""
-    card, found = model.card, {}
+    """Frame name -> all that a model finds there, of tags the confidence of each label; class ids of the data set's
+    taxonomy. Raises Invalid for an unreadable frame."""
+    (card, least), found = telling_all(model.card), {}
     translate = class_ids(card.labels, card.labels.map_to(held_out.taxonomy), held_out.taxonomy)
-    with Detector(card, model.folder, open_backend, confidence=LEAST_CONFIDENCE, confidence_by_label={}) as detector:
+    with Detector(card, model.folder, open_backend, confidence=least, confidence_by_label={}) as detector:
         for name, result in detect_frames(detector, ((one.frame.name, one.frame) for one in held_out.frames),
                                           held_out.read):
             job.check()

@@ -87,28 +87,13 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
     its tags. Raises Invalid when the split has nothing of that kind, a frame cannot be read (a score on fewer frames
     would be another score), or the model shares no label with the data set.
     """
-    if split not in SPLITS:
-        raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
     started = time.monotonic()
     card, folder = models.card(model), models.folder(model)
-    record, manifest = store.version(version), store.manifest(version)
-    frames = with_outlines(manifest.split(split))
-    metric = default_metric(card.task, frames)
-    if not any(counts(metric, annotation) for one in frames for annotation in one.annotations or ()):
-        kind = "tagged frame" if card.task == "tags" else "labelled box"
-        raise Invalid(f"{version} has no {kind} in its {split} split, and {model} draws {card.task}. Review frames of "
-                      "that split and publish a version.")
-    labels = card.labels.map_to(manifest.taxonomy)
-    if not labels.pairs:
-        raise Invalid(f"{model} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
-                      f"{', '.join(manifest.taxonomy.labels[:10])}. Choose a model that was trained for this data.")
-    translate = class_ids(card.labels, labels, manifest.taxonomy)
+    frames, taxonomy = labelled_split(card, version, split, store)
+    record, labels = store.version(version), card.labels.map_to(taxonomy)
+    translate = class_ids(card.labels, labels, taxonomy)
     found: dict[str, Detections] = {}
-    least = LEAST_CONFIDENCE
-    if card.task == "tags":
-        least, asked = 0.0, replace(card, decoder={**card.decoder, "top_k": len(card.labels)})
-    else:
-        asked = card
+    asked, least = telling_all(card)
     with Detector(asked, folder, open_backend, confidence=least, confidence_by_label={}) as detector:
         backend = vars(detector.report)
         stream = detect_frames(
@@ -121,7 +106,7 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
                 raise Invalid(f"{version} cannot be evaluated: {detections}") from detections
             found[name] = translated(detections, translate)
             job.progress(len(found), len(frames), f"{model} on {version}/{split}")
-    metrics = _scored(card, frames, found, manifest.taxonomy)
+    metrics = scored(card, frames, found, taxonomy)
     evaluation = Evaluation(
         model,
         version,
@@ -140,6 +125,36 @@ def evaluate(model: str, version: str, split: str, *, models: ModelStore, store:
     return _tracked(evaluation, tracker, job)
 
 
+def labelled_split(card: ModelCard, version: str, split: str,
+                   store: DatasetStore) -> tuple[tuple[LabeledFrame, ...], Taxonomy]:
+    """The frames of a split that somebody looked at, masks as outlines, and the data set's labels.
+
+    Raises Invalid for a split that does not exist or has nothing of what the model draws, and when the model knows none
+    of the labels.
+    """
+    if split not in SPLITS:
+        raise Invalid(f"Split {split!r} must be one of {', '.join(SPLITS)}.")
+    manifest = store.manifest(version)
+    frames = with_outlines(manifest.split(split))
+    metric = default_metric(card.task, frames)
+    if not any(counts(metric, annotation) for one in frames for annotation in one.annotations or ()):
+        kind = "tagged frame" if card.task == "tags" else "labelled box"
+        raise Invalid(f"{version} has no {kind} in its {split} split, and {card.ref} draws {card.task}. Review frames "
+                      "of that split and publish a version.")
+    if not card.labels.map_to(manifest.taxonomy).pairs:
+        raise Invalid(f"{card.ref} knows none of the labels of {version}: {', '.join(card.labels.labels[:10])} against "
+                      f"{', '.join(manifest.taxonomy.labels[:10])}. Choose a model that was trained for this data.")
+    return frames, manifest.taxonomy
+
+
+def telling_all(card: ModelCard) -> tuple[ModelCard, float]:
+    """The card and the least confidence with which a model tells all that scoring asks for: also the unsure boxes, and
+    of tags the confidence of every label."""
+    if card.task == "tags":
+        return replace(card, decoder={**card.decoder, "top_k": len(card.labels)}), 0.0
+    return card, LEAST_CONFIDENCE
+
+
 def class_ids(ours: Taxonomy, labels: Callable[[str], str | None], theirs: Taxonomy) -> np.ndarray:
     """(len(ours),) class id in `theirs` of each of our labels, -1 where a label has no target."""
     targets = [labels(label) for label in ours.labels]
@@ -153,8 +168,9 @@ def translated(detections: Detections, translate: np.ndarray) -> Detections:
     return replace(detections[kept], class_id=ids[kept])
 
 
-def _scored(card: ModelCard, frames: Sequence[LabeledFrame], found: dict[str, Detections],
-            taxonomy: Taxonomy) -> Scored:
+def scored(card: ModelCard, frames: Sequence[LabeledFrame], found: dict[str, Detections],
+           taxonomy: Taxonomy) -> Scored:
+    """The score of what a model draws, by its task, at its card's confidence; found: as in Evaluation."""
     truth = {one.frame.name: one.annotations for one in frames}
     confidence = card.decoder.get("confidence", DEFAULT_CONFIDENCE)
     if card.task == "tags":

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from workbench.annotation import Annotation
 from workbench.blobs import Blobs
 from workbench.boxes import Detections
 from workbench.certificates import Certificates
 from workbench.dataset import LabeledFrame
 from workbench.errors import Conflict, Invalid
 from workbench.evaluation.metrics import DEFAULT_CONFIDENCE, score
+from workbench.evaluation.tags import is_tag, table
 from workbench.inference import calibration
 from workbench.inference.calibration import DEFAULT_FRAMES, METHODS, Ranges
+from workbench.inference.certificate import METRICS, as_truth, same_pixels
 from workbench.inference.detector import Detector, OpenBackend, check_card
 from workbench.inference.graph import Graph, file_record, read_graph
 from workbench.inference.pixels import decode_frame, decode_image
@@ -32,7 +33,17 @@ from workbench.inference.quantize import quantize as quantized
 from workbench.inference.standard import pixels_inside
 from workbench.model import ModelCard
 from workbench.ports import DatasetStore, Job, ModelStore
-from workbench.steps.certify import HeldOut, Opened, certify, detect, held_out_of, measure, open_annotator, throughput
+from workbench.steps.certify import (
+    HeldOut,
+    Opened,
+    certify,
+    detect,
+    held_out_of,
+    measure,
+    open_annotator,
+    see,
+    throughput,
+)
 
 __all__ = ["Quantized", "build", "certify", "open_annotator", "quantize"]
 SUFFIX = "-int8"
@@ -54,9 +65,11 @@ Ends = Mapping[str, Sequence[float]]
 class Quantized:
     """What came of a quantisation.
 
-    agreement      kind of ranges -> mAP@[.5:.95] of INT8 against FP32's own boxes on frames that did not calibrate
+    agreement      kind of ranges -> how alike INT8 and FP32 are on frames that did not calibrate, 1 where they say the
+                   same: of boxes mAP@[.5:.95] against FP32's own; of polygons the share of pixels with the same label;
+                   of tags 1 - the largest difference in a label's confidence, mean over the frames
     float_layers   layers that went back to float; those of the head are float anyway
-    attempts       {"went_float", "why", "map_loss", "speedup", "reasons"} of each file that was measured, in order:
+    attempts       {"went_float", "why", "loss", "speedup", "reasons"} of each file that was measured, in order:
                    which layers had just gone back to float and why, and what the file then lost, gained and failed in
     certificate    of the registered file
     is_new         False when the version and its certificate were there already
@@ -73,8 +86,7 @@ class Quantized:
     is_new: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        short = {"passed": self.certificate["passed"], "map_loss": self.certificate["map_loss"],
-                 "speedup": self.certificate["speedup"]}
+        short = {name: self.certificate[name] for name in ("passed", "metric", "loss", "speedup")}
         return {**asdict(self), **short, "float_layers": list(self.float_layers), "attempts": list(self.attempts)}
 
 
@@ -110,7 +122,8 @@ def quantize(model: str, version: str, *, split: str = "test", frames: int = DEF
         check_card(made.card, made.folder, open_backend)
         models.register(made.card, made.folder)
     kept = certificates.add(report["facts"], person)
-    job.log(f"{ref}: {kept['speedup']:.2f} times as fast as {model}, mAP falls by {kept['map_loss']:.4f}.")
+    job.log(f"{ref}: {kept['speedup']:.2f} times as fast as {model}, the {METRICS[kept['metric']][0]} falls by "
+            f"{kept['loss']:.4f}.")
     return Quantized(ref, model, made.card.quantization["ranges"], len(chosen), report["agreement"],
                      tuple(made.card.quantization["float_layers"]), tuple(report["attempts"]), kept)
 
@@ -125,7 +138,9 @@ def choose(origin: Opened, pool: Sequence[LabeledFrame], held_out: HeldOut, coun
     random = np.random.default_rng(seed)
     pool = sorted(pool, key=lambda one: one.frame.name)
     looked_at = [pool[index] for index in sorted(random.permutation(len(pool))[:max(count * LOOKED_AT, SELECTION)])]
-    annotations = {one.frame.name: one.annotations for one in looked_at}
+    # A data set may be about more than what the model was trained for: tags beside boxes, say.
+    annotations = {one.frame.name: tuple(drawing for drawing in one.annotations or ()
+                                         if is_tag(drawing) == (origin.card.task == "tags")) for one in looked_at}
     calibration.check_frames(annotations, {one.frame.name: one.frame.blob for one in looked_at},
                              origin.card.labels.labels, {one.frame.blob: one.frame.name for one in held_out.frames},
                              origin.card.ref)
@@ -137,7 +152,7 @@ def choose(origin: Opened, pool: Sequence[LabeledFrame], held_out: HeldOut, coun
             seen.append(calibration.embed(decode_image(held_out.read(one.frame), one.frame.name)))
             job.progress(index + 1, len(looked_at), "choosing frames")
         embeddings = np.stack(seen)
-    labels = [[drawn.label for drawn in one.annotations or ()] for one in looked_at]
+    labels = [[drawing.label for drawing in annotations[one.frame.name]] for one in looked_at]
     indices = calibration.choose(labels, embeddings, count, seed)
     chosen = [looked_at[index] for index in sorted(indices)]
     rest = [looked_at[index] for index in sorted(set(range(len(looked_at))) - set(indices))]
@@ -165,7 +180,7 @@ def build(origin: Opened, held_out: HeldOut, chosen: Sequence[LabeledFrame], res
     planned = plan(graph, floats)
     agreement = _agreement(making, planned, floats, ranges, replace(held_out, frames=tuple(rest)), job)
     method = max(METHODS, key=lambda name: agreement[name])
-    known = detect(origin, held_out, open_backend, job)
+    known = see(origin, held_out, open_backend, job)
     sensitive = _sensitive(making, planned, ranges[method], rest[:SENSITIVITY], held_out, job)
     attempts: list[dict[str, Any]] = []
     group = tuple(floats)
@@ -173,14 +188,14 @@ def build(origin: Opened, held_out: HeldOut, chosen: Sequence[LabeledFrame], res
         job.check()
         made = making.model(planned, ranges[method], method, floats)
         facts = measure(made, origin, held_out, open_backend, job, limits, known)
-        attempts.append({"went_float": list(group), "why": why, "map_loss": facts["map_loss"],
+        attempts.append({"went_float": list(group), "why": why, "loss": facts["loss"],
                          "speedup": facts["speedup"], "reasons": facts["reasons"]})
         said = f"{len(floats)} of {len(whole.layers)} layers in float: {' '.join(facts['reasons']) or 'passes.'}"
         job.progress(len(attempts), MOST_ATTEMPTS, said)
         job.log(said)
         report = {"facts": facts, "agreement": agreement, "attempts": attempts}
         # What is too slow or proven on too few frames does not mend with more float.
-        is_hopeless = facts["frames"] < facts["limits"]["frames"] or facts["speedup"] < facts["limits"]["speedup"]
+        is_hopeless = facts["labelled"] < facts["limits"]["frames"] or facts["speedup"] < facts["limits"]["speedup"]
         if facts["passed"] or is_hopeless or len(attempts) == MOST_ATTEMPTS:
             return made, report
         error, group = next(sensitive, (0.0, ()))
@@ -308,31 +323,38 @@ def _slow_in_int8(making: _Making, whole: Plan, ranges: Ends, job: Job) -> tuple
 
 def _agreement(making: _Making, planned: Plan, floats: Sequence[str], ranges: Mapping[str, Ends], frames: HeldOut,
                job: Job) -> dict[str, float]:
-    """How well INT8 with each kind of ranges finds what FP32 finds: mAP against the boxes FP32 would draw.
+    """How alike FP32 and INT8 with each kind of ranges are, as Quantized.agreement says.
 
-    FP32's boxes stand for the truth because they are there on every frame and tell the kinds apart on a few frames; mAP
-    against people's labels moves more by chance there than from one kind to the next.
+    What FP32 draws stands for the truth because it is there on every frame and tells the kinds apart on a few frames;
+    a score against people's labels moves more by chance there than from one kind to the next.
     """
     frames = replace(frames, taxonomy=making.card.labels)
     wanted = detect(making.origin, frames, making.open_backend, job)
     # A card made for scoring may name a threshold so low that its boxes are mostly chance.
     confidence = max(making.card.decoder.get("confidence", 0), DEFAULT_CONFIDENCE)
-    truth = {name: _annotations(found[found.confidence >= confidence], making.card) for name, found in wanted.items()}
-    if not any(truth.values()):
-        raise Invalid(f"{making.card.ref} finds nothing on {len(truth)} frames of {frames.on.partition('/')[0]}, so "
+    if making.card.task != "tags" and not any((found.confidence >= confidence).any() for found in wanted.values()):
+        raise Invalid(f"{making.card.ref} finds nothing on {len(wanted)} frames of {frames.on.partition('/')[0]}, so "
                       "kinds of ranges cannot be told apart. Calibrate on frames that show what the model was "
                       "trained for.")
     agreement = {}
     for method in METHODS:
         made = making.model(planned, ranges[method], method, floats)
-        agreement[method] = score(truth, detect(made, frames, making.open_backend, job), making.card.labels).map_50_95
+        found = detect(made, frames, making.open_backend, job)
+        agreement[method] = _alike(making.card, frames, wanted, found, confidence)
         job.log(f"ranges by {method}: agreement with FP32 {agreement[method]:.4f}")
     return agreement
 
 
-def _annotations(found: Detections, card: ModelCard) -> tuple[Annotation, ...]:
-    return tuple(Annotation(card.labels.labels[class_id], tuple(map(float, xyxy)), source=card.source)
-                 for xyxy, class_id in zip(found.xyxy, found.class_id))
+def _alike(card: ModelCard, frames: HeldOut, fp32: Mapping[str, Detections], int8: Mapping[str, Detections],
+           confidence: float) -> float:
+    if card.task == "tags":
+        names = dict.fromkeys(fp32, ())
+        one, other = (table(names, found, card.labels, 0.0, False).scores for found in (fp32, int8))
+        return float(1 - np.abs(one - other).max(axis=1).mean())
+    if card.task == "polygons":
+        return same_pixels(frames.frames, fp32, int8, card.labels, (confidence, confidence)) or 0.0
+    truth = {name: as_truth(found, confidence, card.labels, card.source) for name, found in fp32.items()}
+    return score(truth, int8, card.labels).map_50_95
 
 
 def _sensitive(making: _Making, planned: Plan, ranges: Ends, frames: Sequence[LabeledFrame],
@@ -347,7 +369,7 @@ def _sensitive(making: _Making, planned: Plan, ranges: Ends, frames: Sequence[La
 
     def outputs(graph: Any) -> list[dict[str, np.ndarray]]:
         with making.open_backend(making.named(graph)) as backend:
-            return [backend.run(batch) for batch in batches]
+            return [{name: values.astype(float) for name, values in backend.run(batch).items()} for batch in batches]
 
     exact = outputs(making.graph)
     every = set(plan(making.graph).layers)

@@ -12,8 +12,9 @@ from workbench.blobs import Blobs
 from workbench.certificates import Certificates
 from workbench.dataset import check_dataset_name
 from workbench.errors import Conflict, Invalid, NotFound
+from workbench.inference.certificate import METRICS
 from workbench.inference.detector import OpenBackend
-from workbench.model import ModelCard, parse_model_ref
+from workbench.model import parse_model_ref
 from workbench.ports import DatasetStore, Job, ModelStore, Tracker
 from workbench.records import Entry, Records
 from workbench.steps.certify import certify, open_annotator
@@ -138,8 +139,10 @@ class _Redeployment:
         if not kept["passed"]:
             return {"model": self.model, "passed": False,
                     "told": f"{self.model} stays in FP32, the certificate of {ref} failed: {' '.join(kept['reasons'])}"}
-        return {"model": ref, "passed": True, "map_loss": kept["map_loss"], "speedup": kept["speedup"], "told": (
-            f"{ref} is certified: {kept['speedup']:.2f} times as fast, mAP falls by {kept['map_loss']:.4f}.")}
+        short = {name: kept[name] for name in ("metric", "loss", "speedup")}
+        return {"model": ref, "passed": True, **short, "told": (
+            f"{ref} is certified: {kept['speedup']:.2f} times as fast, the {METRICS[kept['metric']][0]} falls by "
+            f"{kept['loss']:.4f}.")}
 
     def deploy(self, ref: str, tracker: Tracker) -> dict[str, Any]:
         with open_annotator(ref, **self._door):

@@ -8,7 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from parts_shapes import declared, edit, kill_after_an_epoch, modules_of, opened, read_rgb, write_tags
+from parts_shapes import declared, edit, in_int8, kill_after_an_epoch, modules_of, opened, read_rgb, write_tags
+
+from workbench.annotation import Annotation
+from workbench.steps import certify
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
@@ -98,6 +101,19 @@ def test_the_exported_model_sets_the_same_tags_in_the_workbench(recipe, trained,
         expected = _model(recipe, trained)(torch.from_numpy(canvases)).softmax(1).numpy()
     found = np.array([one.confidence[np.argsort(one.class_id)] for one in every])
     np.testing.assert_allclose(found, expected, atol=1e-3)  # float32 sums in another order, 50 layers deep
+
+
+def test_its_int8_version_is_certified_by_accuracy(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(certify, "ROUND_S", 0.05)
+    folder = write_tags(tmp_path / "data", {"test": [["red"], ["green"]] * 22}, seed=7)
+    drawn = [(read_rgb(folder / "frames" / f"test_{number}.png"), (Annotation(("red", "green")[number % 2]),))
+             for number in range(44)]
+    report = in_int8(trained, drawn, tmp_path)
+    facts = report["facts"]
+    assert facts["passed"] and facts["precision"] == "int8" and facts["metric"] == "accuracy"
+    assert facts["fp32"]["accuracy"] == 1 and facts["same_tags"] >= 0.95 and facts["labelled"] == facts["truth"] == 24
+    assert {label: row["truth"] for label, row in facts["per_class"].items()} == {"red": 12, "green": 12}
+    assert 0.8 < max(report["agreement"].values()) < 1, "confidences tell ranges apart where all tags are right"
 
 
 def test_several_labels_a_frame_are_learned_by_the_last_layer_alone(several):

@@ -8,8 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from parts_shapes import (HEIGHT, WIDTH, circle_and_bar, declared, edit, kill_after_an_epoch, modules_of, opened,
-                          read_rgb, run_lengths, write_masks)
+from parts_shapes import (HEIGHT, WIDTH, circle_and_bar, declared, edit, in_int8, kill_after_an_epoch, modules_of,
+                          opened, read_rgb, run_lengths, write_masks)
+
+from workbench.annotation import Annotation
+from workbench.formats.outlines import of_mask
+from workbench.steps import certify
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
@@ -77,6 +81,19 @@ def test_the_exported_model_paints_the_same_regions_in_the_workbench(recipe, tra
         assert sorted(one.class_id) == sorted(class_ids[surest]) and set(one.class_id) == {0, 1}
         np.testing.assert_allclose(sorted(one.xyxy.tolist()), sorted(boxes[surest].tolist()), atol=0.01)
         assert all(len(polygon) >= 3 for polygon in one.polygons)
+
+
+def test_its_int8_version_is_certified_by_miou(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(certify, "ROUND_S", 0.05)
+    rng, drawn = np.random.default_rng(7), []
+    for _ in range(36):
+        pixels, shapes = circle_and_bar(rng)
+        rings = [tuple(map(tuple, of_mask(mask).tolist())) for _, mask in shapes]
+        drawn.append((pixels, tuple(Annotation(label, polygon=ring) for label, ring in zip(("disc", "bar"), rings))))
+    facts = in_int8(trained, drawn, tmp_path)["facts"]
+    assert facts["passed"] and facts["precision"] == "int8" and facts["metric"] == "miou" and facts["truth"] == 32
+    assert facts["fp32"]["miou"] > 0.5 and facts["loss"] <= 0.02 and facts["same_pixels"] > 0.9
+    assert facts["per_class"].keys() == {"disc", "bar"}
 
 
 def test_a_killed_training_ends_like_an_undisturbed_one(recipe, trained, data, tmp_path, capsys, monkeypatch):

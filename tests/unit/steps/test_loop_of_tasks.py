@@ -24,13 +24,11 @@ from workbench.adapters.fiftyone import FiftyOneServer
 from workbench.annotation import Annotation
 from workbench.certificates import Certificates
 from workbench.dataset import Frame, LabeledFrame
-from workbench.errors import Invalid
 from workbench.evaluation.primary import scored_from
 from workbench.ports import AnnotationServer, Quiet
 from workbench.steps.annotate import annotate
 from workbench.steps.evaluate import Evaluation, evaluate
 from workbench.steps.promote import Decision, promote
-from workbench.steps.quantize import quantize
 from workbench.steps.review import decide
 from workbench.steps.version import version
 from workbench.taxonomy import Taxonomy
@@ -211,13 +209,3 @@ def test_a_challenger_that_forgets_a_label_is_kept_out_by_the_limit_of_a_label(l
     limited = loop.promote(new, ref, max_class_drop=0.5)
     assert not limited.promoted and "'blue' falls by 1.0000, more than 0.5" in limited.reason
     assert loop.promote(new, ref).promoted and loop.champion() == new
-
-
-@pytest.mark.parametrize("kind", ["tags", "masks"])
-def test_int8_is_refused_with_the_next_step(loop: Loop, kind: str) -> None:
-    model = loop.register(kind)
-    loop.annotate(model)
-    ref = loop.accept()
-    with pytest.raises(Invalid, match="certificates are about boxes.*Use its FP32 version"):
-        quantize(model, ref, certificates=loop.certificates, job=Quiet(), scratch=loop.folder / "scratch", **{
-            name: loop.parts[name] for name in ("models", "store", "blobs", "open_backend", "person")})
