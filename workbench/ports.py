@@ -180,9 +180,11 @@ class Tracker(Protocol):
 
     url: str
 
-    def start_run(self, experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
+    def start_run(self, experiment: str, name: str, tags: dict[str, str], parent: str | None = None,
+                  is_first: bool = False) -> str:
         """Creates a run and returns its id; the same `job` tag again returns the run there is. `parent` is the id of a
-        run of the same experiment that it is part of."""
+        run of the same experiment that it is part of. Who knows that there is no run of that job yet, says `is_first`:
+        it is not looked for, which would take longer than all else about it."""
         ...
 
     def log(self, run_id: str, params: dict[str, Any] | None = None, metrics: dict[str, float] | None = None,

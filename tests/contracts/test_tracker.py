@@ -47,6 +47,13 @@ def test_a_run_is_created_once_for_a_job(tracker: Tracker) -> None:
     assert len(tracker.runs("once")) == 2
 
 
+def test_a_run_that_is_said_to_be_the_first_of_its_job_is_found_by_whoever_asks_again(tracker: Tracker) -> None:
+    first = tracker.start_run("said", "trial 0", {"job": "s/0"}, is_first=True)
+    other = tracker.start_run("said", "trial 1", {"job": "s/1"}, is_first=True)
+    assert tracker.start_run("said", "trial 0", {"job": "s/0"}) == first != other
+    assert len(tracker.runs("said")) == 2
+
+
 def test_a_run_without_a_job_is_a_new_one_every_time(tracker: Tracker) -> None:
     assert tracker.start_run("plain", "a", {}) != tracker.start_run("plain", "a", {})
 
@@ -102,6 +109,14 @@ def test_more_params_than_one_request_takes_are_all_stored(tracker: Tracker) -> 
     tracker.log(run_id, params={f"p{number}": number for number in range(230)})
 
     assert len(tracker.runs("many")[0]["params"]) == 230
+
+
+def test_more_of_everything_than_one_request_takes_is_all_stored(tracker: Tracker, run_id: str) -> None:
+    params, tags = {f"p{n}": str(n) for n in range(101)}, {f"t{n}": str(n) for n in range(201)}
+    metrics = {f"m{n}": float(n) for n in range(1700)}
+    tracker.log(run_id, params, metrics, tags)
+    run = tracker.run(run_id)
+    assert (run["params"], run["metrics"], run["tags"]) == (params, metrics, tags)
 
 
 def test_history_tells_the_steps_of_a_metric_in_order(tracker: Tracker, run_id: str) -> None:

@@ -18,8 +18,10 @@ from workbench.ports import RegisteredModel
 # server.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+# Else each end of a run is a print, and one more request for what is in it.
+QUIET = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-PER_REQUEST = {"params": 100, "metrics": 1000, "tags": 100}  # MLflow's REST API, "Request Limits"
+PER_REQUEST = {"params": 100, "metrics": 800, "tags": 100}  # MLflow's REST API, "Request Limits": 1000 together
 PAGE = 200
 # Codes by what they mean to a person; every other one is a server in trouble.
 NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND")
@@ -35,17 +37,21 @@ class MlflowTracker:
         self.url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
         self._login = (unquote(parts.username or ""), unquote(parts.password or ""))
         self._opened: Any = None
+        # Run id -> (its experiment's id, where its files lie): neither changes, and asking costs as much as storing.
+        self._places: dict[str, tuple[str, str]] = {}
 
-    def start_run(self, experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
+    def start_run(self, experiment: str, name: str, tags: dict[str, str], parent: str | None = None,
+                  is_first: bool = False) -> str:
         with self._asking(f"start run {name!r}") as client:
-            experiment_id = self._experiment(client, experiment, create=True)
-            if "job" in tags:
+            whole = self._places.get(parent or "")
+            experiment_id = whole[0] if whole else self._experiment(client, experiment, create=True)
+            if "job" in tags and not is_first:
                 found = client.search_runs([experiment_id], f"tags.job = {_quoted(tags['job'])}", max_results=1,
                                            order_by=["attributes.start_time ASC"])
                 if found:
-                    return found[0].info.run_id
+                    return self._place(found[0])
             nested = {} if parent is None else {"mlflow.parentRunId": parent}
-            return client.create_run(experiment_id, tags={**tags, **nested}, run_name=name).info.run_id
+            return self._place(client.create_run(experiment_id, tags={**tags, **nested}, run_name=name))
 
     def log(self, run_id: str, params: dict[str, Any] | None = None, metrics: dict[str, float] | None = None,
             tags: dict[str, str] | None = None, step: int = 0) -> None:
@@ -55,9 +61,9 @@ class MlflowTracker:
             rows = {"params": [Param(key, str(value)) for key, value in (params or {}).items()],
                     "metrics": [Metric(key, float(value), now, step) for key, value in (metrics or {}).items()],
                     "tags": [RunTag(key, str(value)) for key, value in (tags or {}).items()]}
-            for kind, limit in PER_REQUEST.items():
-                for start in range(0, len(rows[kind]), limit):
-                    client.log_batch(run_id, **{kind: rows[kind][start:start + limit]})
+            while any(rows.values()):
+                client.log_batch(run_id, **{kind: rows[kind][:limit] for kind, limit in PER_REQUEST.items()})
+                rows = {kind: rows[kind][limit:] for kind, limit in PER_REQUEST.items()}
 
     def log_steps(self, run_id: str, rows: dict[int, dict[str, float]]) -> None:
         with self._asking(f"log to run {run_id}") as client:
@@ -71,14 +77,15 @@ class MlflowTracker:
         if not files.exists():
             raise Invalid(f"There is no file or folder {files} to store with run {run_id}.")
         with self._asking(f"store {files.name!r} with run {run_id}") as client:
-            (client.log_artifacts if files.is_dir() else client.log_artifact)(run_id, str(files), folder)
+            kept = self._files(client, run_id)
+            (kept.log_artifacts if files.is_dir() else kept.log_artifact)(str(files), folder)
 
     def delete_files(self, run_id: str, folder: str) -> None:
         with self._asking(f"remove {folder!r} of run {run_id}") as client:
-            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-            if client.list_artifacts(run_id, folder):
-                # MLflow's client has no word for it; its `mlflow gc` deletes the same way.
-                get_artifact_repository(client.get_run(run_id).info.artifact_uri, tracking_uri=self.url).delete_artifacts(folder)
+            # MLflow's client has no word for it; its `mlflow gc` deletes the same way.
+            kept = self._files(client, run_id)
+            if kept.list_artifacts(folder):
+                kept.delete_artifacts(folder)
 
     def runs(self, experiment: str, limit: int = 50) -> list[dict[str, Any]]:
         with self._asking(f"list the runs of {experiment!r}") as client:
@@ -160,6 +167,17 @@ class MlflowTracker:
         with self._asking(f"find run {run_id}") as client:
             return f"{self.url}/#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
 
+    def _files(self, client: Any, run_id: str) -> Any:
+        """MLflow's ArtifactRepository of a run."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        if run_id not in self._places:
+            self._place(client.get_run(run_id))
+        return get_artifact_repository(self._places[run_id][1], tracking_uri=self.url)
+
+    def _place(self, run: Any) -> str:
+        self._places[run.info.run_id] = (run.info.experiment_id, run.info.artifact_uri)
+        return run.info.run_id
+
     def _experiment(self, client: Any, name: str, create: bool) -> str | None:
         found = client.get_experiment_by_name(name)
         if found is None and create:
@@ -202,7 +220,7 @@ class MlflowTracker:
 
     def _client(self) -> Any:
         if self._opened is None:
-            for name, value in PATIENCE.items():
+            for name, value in {**PATIENCE, **QUIET}.items():
                 os.environ.setdefault(name, value)
             # The only way into MLflow's client that keeps a password out of addresses, and so out of its error texts.
             for name, value in zip(("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"), self._login):

@@ -1,5 +1,5 @@
-"""Announce: tells the channels that a training began and how it, a promotion or what follows one ended, and of drift;
-stops no job."""
+"""Announce: tells the channels that a training or a sweep began, how these, a promotion and what follows one ended,
+and of drift; stops no job."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from functools import partial
 from typing import Any
 
 from workbench.errors import Cancelled, WorkbenchError
-from workbench.notifications import METRIC, Found, Message, Outbox, of_end, of_failure, of_start
+from workbench.notifications import Found, Message, Outbox, metric_of, of_end, of_failure, of_start
 from workbench.ports import Job, ModelStore, Tracker
 from workbench.records import Records
 
 Step = Callable[[dict[str, Any], Job], dict[str, Any]]
 
 # Of a promotion only the decision is news.
-TOLD_AT_START = ("retrain",)
-TOLD_AT_END = ("retrain", "promote", "rollback", "redeploy", "drift")
+TOLD_AT_START = ("retrain", "sweep")
+TOLD_AT_END = ("retrain", "sweep", "promote", "rollback", "redeploy", "drift")
+# The run of a sweep is older than those of all its trials, and runs are listed newest first.
+RUNS = {"retrain": 50, "sweep": 2000}
 
 logger = logging.getLogger("workbench.notifications")
 
@@ -84,18 +86,20 @@ class _Teller:
 
     def found(self, kind: str, args: dict[str, Any], result: dict[str, Any], job_id: str) -> Found:
         """What can be found; a part that does not answer leaves the message poorer, not unsent."""
-        metric = str(result.get("primary") or args.get("primary") or args.get("primary_metric") or METRIC)
+        metric = metric_of(args, result)
         link, curve = "", ()
         before, before_of = None, ""
         try:
             run_id = self._run_id(kind, args, result, job_id)
             if run_id:
                 link = self._link(run_id)
+                if kind == "sweep":
+                    run_id = self._tracker().run(run_id)["tags"].get("best_run", run_id)
                 curve = tuple(value for _, value in self._tracker().history(run_id, metric))
         except Exception as error:
             logger.warning("the run of job %s cannot be looked up: %s", job_id, error)
         try:
-            if kind == "retrain" and isinstance(result.get("model"), str):
+            if kind in TOLD_AT_START and isinstance(result.get("model"), str):
                 before, before_of = self._champion(result["model"], metric)
         except Exception as error:
             logger.warning("the champion before job %s cannot be looked up: %s", job_id, error)
@@ -104,11 +108,12 @@ class _Teller:
     def _run_id(self, kind: str, args: dict[str, Any], result: dict[str, Any], job_id: str) -> str:
         if isinstance(result.get("run_id"), str):
             return result["run_id"]
-        if kind == "retrain":  # one that failed gives no result, but its run carries the job's id
+        if kind in RUNS:  # one that failed gives no result, but its run carries the job's id
             experiments = {str(args[name]).partition("@")[0]
                            for name in ("experiment", "experiment_name", "dataset", "version")
                            if args.get(name)}
-            return next((run["run_id"] for name in sorted(experiments) for run in self._tracker().runs(name)
+            experiments |= {f"{name} sweeps" for name in experiments if kind == "sweep"}
+            return next((run["run_id"] for name in sorted(experiments) for run in self._tracker().runs(name, RUNS[kind])
                          if run["tags"].get("job") == job_id), "")
         model = args.get("candidate") or (result.get("challenger") or {}).get("model")
         return self._models().card(model).run_id or "" if model else ""

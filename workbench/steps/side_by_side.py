@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from workbench.dataset import DatasetVersion, Manifest
 from workbench.errors import Cancelled, Invalid, Unavailable
 from workbench.ports import Job, ModelStore, Search, Tracker
 from workbench.recipe import Recipe, discard
+from workbench.steps.environments import CURRENT, current
 from workbench.steps.facts import keep
 from workbench.steps.limits import MIB, Limits
 from workbench.steps.retrain import arguments_for, start
@@ -86,8 +86,13 @@ class SideBySide:
         self._gpus, self._slots = visible_gpus(), None
         self._lock = threading.RLock()
         self._forgetting = threading.Lock()  # two trials that end together may both let go of one whose model lost
+        self._news = threading.Event()  # a training ended, or all that there was to do for a trial
+        self._new: set[int] = set()  # trials that nobody has begun a run for, because they were not there before
+        # Once for all: to read what is installed takes as long as a small training.
+        self._current = current() if shared.environment == CURRENT else None
         self._order = ""  # a key of WHY_STOPPED, or "leave", once the running trials are to end
         self.trials = read_trials(whole.folder)
+        self._heavy = {one.number for one in self.trials if one.is_settled}  # with weights, as far as is known
         self.spent: float = (whole.read("now.json") or {}).get("spent_s", 0.0)
 
     def run(self) -> None:
@@ -97,13 +102,20 @@ class SideBySide:
         self._memory = free_memory() + sum(memory_of(self._training(one).processes()) for one in self.trials
                                            if one.state == "running")
         pool = ThreadPoolExecutor(self._shared.trials, thread_name_prefix="trial")
-        running: dict[Future[None], int] = {}
+        followed: set[Future[None]] = set()
         began, told, limit = time.monotonic() - self.spent, 0.0, self._shared.time_limit_s
+
+        def follow(number: int) -> None:
+            future = pool.submit(self._follow, number)
+            future.add_done_callback(lambda _: self._news.set())
+            followed.add(future)
+
         try:
             # Those of an earlier worker first: still running, or decided but not yet settled.
             for trial in [one for one in self.trials if not one.is_settled]:
-                running[pool.submit(self._follow, trial.number)] = trial.number
+                follow(trial.number)
             while True:
+                self._news.clear()
                 self._job.check()
                 self.spent = time.monotonic() - began
                 if time.monotonic() - told > TELL_S:
@@ -112,14 +124,15 @@ class SideBySide:
                 if limit and self.spent >= limit and not self._order:
                     self._job.log(f"The sweep's {limit:g} s are over; trials that run are ended.")
                     self._order = "time"
-                while not self._order and self._has_more() and self._has_place(len(running)):
-                    number = self._new_trial(running.values())
-                    running[pool.submit(self._follow, number)] = number
-                if not running:
-                    return
-                for future in wait(running, POLL_S, FIRST_COMPLETED).done:
-                    del running[future]
+                for future in [one for one in followed if one.done()]:
+                    followed.remove(future)
                     future.result()
+                # What a trial leaves is put in order while the next one trains.
+                while not self._order and self._has_more() and self._has_place():
+                    follow(self._new_trial())
+                if not followed:
+                    return
+                self._news.wait(POLL_S)
         except (Exception, KeyboardInterrupt) as error:
             self._order = "cancelled" if isinstance(error, (Cancelled, KeyboardInterrupt)) else "failed"
             raise
@@ -165,7 +178,7 @@ class SideBySide:
         over = [one for one in self.trials if one.state != "running"]
         return len(over) < FAILURES_AT_FIRST or any(one.state != "failed" for one in over)
 
-    def _has_place(self, running: int) -> bool:
+    def _has_place(self) -> bool:
         """Asks anew what fits: what a trial needs is known better with each one that ends."""
         # A tenth more than was seen: the peak lies between two looks.
         measured = max((one.memory for one in self.trials), default=0)
@@ -174,10 +187,10 @@ class SideBySide:
         if self._slots is None or (found.trials, found.threads) != (self._slots.trials, self._slots.threads):
             self._job.log(found.why)
         self._slots = found
-        return running < found.trials
+        return sum(one.state == "running" for one in self.trials) < found.trials
 
-    def _new_trial(self, running: Iterable[int]) -> int:
-        taken = {self.trials[number].gpu for number in running}
+    def _new_trial(self) -> int:
+        taken = {one.gpu for one in self.trials if one.state == "running"}
         gpu = next((one for one in self._gpus if one not in taken), "")
         with self._lock:
             number = len(self.trials)
@@ -185,6 +198,7 @@ class SideBySide:
             # Recorded before anything of it runs: a trial that is not in the records has left no process either.
             write_trial(self._whole.folder, trial)
             self.trials.append(trial)
+            self._new.add(number)
         return number
 
     def _follow(self, number: int) -> None:
@@ -194,6 +208,7 @@ class SideBySide:
             try:
                 if self.trials[number].state == "running":
                     self._record(self._train(self.trials[number]))
+                    self._news.set()
                 self._settle(self.trials[number])
                 return
             except Left:
@@ -205,19 +220,28 @@ class SideBySide:
                 time.sleep(AGAIN_S)
 
     def _train(self, trial: Trial) -> Trial:
-        """The trial as it is once its training is over."""
+        """The trial as it is once its training is over and no process of it is left, so that its place is free."""
         training = self._training(trial)
+        ended = self._ended(trial, training)
+        try:
+            return replace(ended, memory=int(MIB * float((training.read("usage.json") or {}).get("memory_mb", 0))))
+        except (Invalid, ValueError, TypeError, OverflowError) as error:  # one that ended its keeper may have written it
+            return trial.ended("failed", f"What the training used cannot be read: {error}")
+
+    def _ended(self, trial: Trial, training: Training) -> Trial:
+        """Follows the training of a trial, which it starts where it does not run yet."""
         watch = Watch(trial, training, self._shared.metric, self._end_if_told,
                       lambda epoch, value: self._judge(trial.number, epoch, value))
         try:
             if training.exit_code() is None:
                 watch.check()
-                if not training.processes():
+                if trial.number in self._new or not training.processes():
                     self._launch(trial, training, watch)
-                training.follow(watch)
+            training.follow(watch)
             watch.catch_up()
             return trial.ended("complete", value=value_of(training, results(training), self._shared.metric))
         except Ends as ends:
+            training.stop()  # those of an earlier worker, that were not followed any more
             return ends.trial
         except Invalid as error:
             return trial.ended("failed", str(error))
@@ -231,16 +255,18 @@ class SideBySide:
         if "threads" in shared.recipe.parameters:
             given.setdefault("threads", trial.threads)
         arguments = arguments_for(shared.recipe, training, given, shared.name, shared.base_model, self._models)
+        is_first = trial.number in self._new
+        self._new.discard(trial.number)  # whoever asks again may have been heard the first time
         run_id = self._tracker.start_run(shared.experiment, trial.name, {
             "job": f"{self._job.id}/{trial.number}", "kind": "trial", "recipe": shared.recipe.name,
-            "commit": shared.recipe.commit, "dataset": shared.version.ref}, parent=shared.run_id)
+            "commit": shared.recipe.commit, "dataset": shared.version.ref}, parent=shared.run_id, is_first=is_first)
         self._record(replace(trial, run_id=run_id))
         environment = dict.fromkeys(THREADS, str(trial.threads))
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = trial.gpu
         start(training, shared.recipe, arguments, shared.project, shared.mirrors, shared.manifest, shared.version,
               self._blobs, self._tracker, run_id, watch, shared.experiment, environment,
-              choice=shared.environment, direct=True,
+              choice=shared.environment, own=self._current, direct=True,
               ready=lambda built: keep(self._tracker, run_id, training, {
                   **shared.facts, "params": given, "seed": arguments.get("seed", shared.recipe.parameters.get(
                       "seed", ("", None))[1])}, built),
@@ -251,8 +277,6 @@ class SideBySide:
     def _settle(self, trial: Trial) -> None:
         """Closes what a decided trial has open; may be repeated."""
         training = self._training(trial)
-        training.stop()
-        used = int((training.read("usage.json") or {}).get("memory_mb", 0) * MIB)
         if trial.run_id:
             log_epochs(training, self._tracker, trial.run_id)
             self._tracker.log(trial.run_id, tags={"state": trial.state, "reason": trial.reason[:500]},
@@ -262,13 +286,15 @@ class SideBySide:
             self._job.fail_item(trial.name, trial.reason)
         with self._lock:
             best = self.best()
+            self._heavy.add(trial.number)
             # The best one's weights are needed in the end; whoever was the best before gives its up.
-            rest = [one for one in self.trials if one is not best
-                    and (one.number == trial.number or one.state == "complete" and one.is_settled)]
+            rest = [self.trials[number] for number in self._heavy if best is None or number != best.number]
         for one in rest:
             self._forget(one)
+        with self._lock:
+            self._heavy -= {one.number for one in rest}
         discard(self._shared.project, self._shared.mirrors, training.folder / "code")
-        self._record(replace(trial, is_settled=True, memory=used))
+        self._record(replace(trial, is_settled=True))
 
     def _forget(self, trial: Trial) -> None:
         """Removes a trial's weights, here and in the tracker."""

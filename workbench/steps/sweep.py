@@ -13,7 +13,7 @@ from typing import Any
 from workbench.blobs import Blobs
 from workbench.capacity import GIB, NEED_BYTES, count_cores
 from workbench.dataset import parse_ref
-from workbench.errors import Cancelled, Conflict, Invalid, Unavailable
+from workbench.errors import Cancelled, Invalid, Unavailable
 from workbench.inference.detector import OpenBackend
 from workbench.model import ModelCard
 from workbench.ports import DatasetStore, Job, ModelStore, Search, Tracker
@@ -22,8 +22,8 @@ from workbench.search_space import Range, Space, read_space
 from workbench.steps.environments import CURRENT, LOCKED, check_choice, read_lock
 from workbench.steps.facts import keep_results
 from workbench.steps.limits import Limits
-from workbench.steps.retrain import (RECIPE, arguments_for, check_outside, check_words, choose, folder_name, labelled,
-                                     lay_out, learns_from_a_teacher, name_for, sha256_of_base)
+from workbench.steps.retrain import (RECIPE, arguments_for, check_outside, check_words, choose, earlier, folder_name,
+                                     labelled, lay_out, learns_from_a_teacher, name_for, sha256_of_base)
 from workbench.steps.side_by_side import Shared, SideBySide
 from workbench.steps.trained import publish, results
 from workbench.steps.training import Training
@@ -91,8 +91,7 @@ def sweep(
     dataset = parse_ref(version_ref)[0]
     name = name_for(dataset, register_as, store, models)
     check_words(experiment, metric)
-    outside = {"repository": repository, "commit": commit, "location": location}
-    check_outside(outside)
+    outside = check_outside(repository, commit, location)
     check_choice(environment)
     allowed = most.tightened(limits)
     _check_amounts(trials, time_limit_s, at_once, memory_gb, seed)
@@ -106,25 +105,18 @@ def sweep(
                  "metric": metric, "lower_is_better": lower_is_better, "trials": trials, "sampler": sampler,
                  "pruner": pruner, "seed": seed, "time_limit_s": time_limit_s, "environment": environment,
                  "limits": limits, **outside}
-        before = whole.read("request.json")
-        if before is not None and before["asked"] != asked:
-            raise Conflict(f"Job {job.id} is already a sweep of {before['asked']}; start another job for another one.")
-        done = whole.read("swept.json")
+        begun, done = earlier(whole, asked, f"Job {job.id} is already a sweep", "swept.json")
         if done is not None:
             tidy(whole)
             return Swept(**done)
-        failed = whole.read("failed.json")
-        if failed is not None:
-            raise Invalid(failed["error"])
-        chosen, project, address = choose(recipe, outside, before and before["commit"], project, repositories,
-                                          home / "recipes", job)
+        chosen, project, address = choose(recipe, outside, begun, project, repositories, home / "recipes", job)
         check_space(read, fixed, chosen)
         version, manifest = labelled(version_ref, store)
         sample = {key: one.low if isinstance(one, Range) else one.values[0] for key, one in read.parameters.items()}
         chosen.command_line(arguments_for(chosen, whole, {**fixed, **sample}, name, base_model, models))
         if environment == LOCKED:
             read_lock(project, chosen)
-        if before is None:
+        if begun is None:
             whole.write("request.json", {"asked": asked, "commit": chosen.commit, "started_at": time.time()})
         if chosen.uncommitted:
             job.log(f"Uncommitted changes are left out, commit {chosen.commit[:12]} runs: "

@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
-from parts_training import Bench
+from parts_training import Bench, commit
 
+from workbench.adapters.mlflow import MlflowTracker
 from workbench.adapters.optuna import OptunaSearch
-from workbench.errors import Cancelled, Conflict, Invalid
+from workbench.errors import Cancelled, Conflict, Invalid, Unavailable
 from workbench.ports import Quiet
 from workbench.steps.sweep import Swept, sweep
 from workbench.steps.training import Training
@@ -268,6 +269,107 @@ def test_each_trial_gets_a_gpu_of_its_own_and_its_share_of_the_cores(bench: Benc
 
 def range_of(trial: Trial) -> tuple[float, float]:
     return trial.started_at, trial.started_at + trial.seconds
+
+
+@pytest.mark.parametrize("usage", ["[]", "{\"memory_mb\": \"much\"}", "{\"memory_mb\": 1e999}"])
+def test_a_trial_that_ends_its_keeper_and_tells_nonsense_of_its_memory_fails_by_itself(bench: Bench, usage: str) -> None:
+    recipe = bench.project / "models" / "forger"
+    recipe.mkdir()
+    (recipe / "usage.json").write_text(usage)
+    (recipe / "MLproject").write_text(
+        "entry_points:\n  main:\n    parameters: {data: string, output: string, wish: float}\n    command: "
+        "'ls {data} {wish}; cp usage.json {output}/../usage.json; kill -9 $PPID; sleep 60'\n")
+    commit(bench.project)
+    with pytest.raises(Invalid, match="All 2 trials failed. The first one: What the training used cannot be read"):
+        run(bench, bench.publish(), {"wish": [1, 2]}, sampler="grid", recipe="forger")
+    assert left(bench) == []
+
+
+def test_the_next_trial_trains_while_what_the_last_one_left_is_put_in_order(bench: Bench) -> None:
+    waited: dict[str, bool] = {}
+
+    class Slow(MlflowTracker):
+        def finish_run(self, run_id: str, status: str) -> None:
+            name = self.run(run_id)["name"]
+            if name in ("trial 0", "trial 1"):
+                number, until = int(name[-1]) + 1, time.monotonic() + 60
+                while len(read_trials(folder(bench))) <= number and time.monotonic() < until:
+                    time.sleep(0.02)
+                waited[name] = time.monotonic() < until
+            super().finish_run(run_id, status)
+
+    found = run(bench, bench.publish(), {"learning_rate": [0.1, 0.2, 0.3]}, sampler="grid", params={"epochs": 2},
+                at_once=1, tracker=Slow(bench.url))
+    assert waited == {"trial 0": True, "trial 1": True} and found.counts["complete"] == 3
+    # One after the other all the same: no training began before the one before it was over; seconds are rounded to 0.01.
+    ranges = [range_of(one) for one in read_trials(folder(bench))]
+    assert all(ended <= began + 0.01 for (_, ended), (began, _) in zip(ranges, ranges[1:]))
+    assert {one["status"] for one in runs(bench).values()} == {"FINISHED"} and left(bench) == []
+    weights = [file for file in folder(bench).rglob("*") if file.suffix in (".onnx", ".pt", ".npz")]
+    assert weights == [] and len(bench.parts["models"].refs()) == 1
+
+
+def test_a_tracker_that_took_a_trial_s_run_and_did_not_say_so_has_it_once(bench: Bench,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.steps.side_by_side.AGAIN_S", 0.1)
+    silent = {"trial 0", "trial 1"}
+
+    class Silent(MlflowTracker):
+        def start_run(self, experiment: str, name: str, *more: Any, **named: Any) -> str:
+            made = super().start_run(experiment, name, *more, **named)
+            if name in silent:
+                silent.discard(name)
+                raise Unavailable("The answer did not come.")
+            return made
+
+    job = Quiet(id="s1")
+    found = run(bench, bench.publish(), {"learning_rate": [0.1, 0.2]}, job, sampler="grid", params={"epochs": 2},
+                tracker=Silent(bench.url))
+    assert silent == set() and found.counts["complete"] == 2 and sum("tries again" in line for line in job.lines) == 2
+    assert len(bench.parts["tracker"].runs(f"{bench.dataset} sweeps")) == 3  # its own, and one a trial
+
+
+def test_people_hear_of_a_sweep_and_no_channel_holds_it_up(bench: Bench) -> None:
+    from workbench.notifications import Message, Outbox
+    from workbench.steps.announce import announced
+    opened, kept = threading.Event(), []
+
+    class Blocked:
+        name = "blocked"
+
+        def send(self, message: Message) -> None:
+            opened.wait(120)
+            kept.append(message)
+
+    outbox, version = Outbox([Blocked()]), bench.publish()
+
+    def step(args: dict[str, Any], job: Quiet) -> dict[str, Any]:
+        return run(bench, version, args["space"], job, sampler="grid", params=args["params"],
+                   experiment=args.get("experiment")).to_json()
+
+    steps = announced({"sweep": step}, outbox=outbox, records=lambda: bench.records,
+                      tracker=lambda: bench.parts["tracker"], models=lambda: bench.parts["models"])
+    asked = {"version": version, "space": {"learning_rate": [0.0001, 0.1]}, "params": {"epochs": 2},
+             "metric": "val_loss"}
+    found = steps["sweep"](asked, Quiet(id="s1"))
+    for experiment in (None, "night run"):
+        with pytest.raises(Invalid, match="All 2 trials failed"):
+            steps["sweep"]({**asked, "params": {"mood": "fail"}, "experiment": experiment}, Quiet(id=f"{experiment}"))
+    assert kept == []  # all is over, and nothing was sent yet
+    opened.set()
+    assert outbox.close(60) == 0
+    assert [one.title.split(":")[0] for one in kept] == [
+        "Sweep started", "Sweep finished", "Sweep started", "Sweep failed", "Sweep started", "Sweep failed"]
+    lines = dict(kept[1].lines)
+    assert lines["Best trial"] == f"trial {found['best']} (2 complete)"
+    assert lines["Its parameters"] == "learning_rate = 0.1"
+    assert lines["val_loss after"].startswith(f"{found['value']:.4f} ({bench.dataset}-detector@1")
+    assert kept[1].link.endswith(f"/runs/{found['run_id']}") and kept[1].image  # the curve of the best trial
+    tracker = bench.parts["tracker"]
+    for message, experiment in ((kept[3], f"{bench.dataset} sweeps"), (kept[5], "night run")):
+        assert "ended with exit code 3" in message.text
+        own = [one for one in tracker.runs(experiment) if one["name"].startswith("sweep") and one["status"] == "FAILED"]
+        assert message.link.endswith(f"/runs/{own[0]['run_id']}")
 
 
 @pytest.mark.parametrize(("space", "changed", "told"), [
