@@ -36,7 +36,13 @@ _QUERY_SECRET = re.compile(r"([?&;](?:[\w-]{0,40}(?:token|secret|password|passwd
 _WEBHOOK = re.compile(r"(/webhooks/\d+/)[\w-]+", re.IGNORECASE)
 # Shapes that GitHub, GitLab, Slack, AWS and OpenAI-like services give their tokens.
 _TOKEN = re.compile(r"\b(?:gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{16}|"
-                    r"sk-[\w-]{20,})")
+                    r"sk-[\w-]{20,}|hf_\w{20,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})")
+# NAME=VALUE or "name": "value", as environments and settings are printed. A name ends in the word, so that a tokenizer's
+# is told; a value has a letter, so that a count of tokens is.
+_NAMED_SECRET = re.compile(r"((?<![A-Za-z0-9])[\w-]{0,40}(?:token|secret|password|passwd|pwd|api_?key|access_?key|"
+                           r"secret_?key|private_?key|credentials?)[\"']?[ ]{0,3}[=:][ ]{0,3}[\"']?)"
+                           r"(?=[^\s\"',;&]{0,60}[A-Za-z])[^\s\"',;&]{8,}", re.IGNORECASE)
+_PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY-----)[A-Za-z0-9+/=\s]{1,8000}")
 _BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 
 logger = logging.getLogger("workbench.notifications")
@@ -113,6 +119,8 @@ def blotted(text: str) -> str:
     text = _QUERY_SECRET.sub(r"\1***", text)
     text = _WEBHOOK.sub(r"\1***", text)
     text = _BEARER.sub(r"\1***", text)
+    text = _NAMED_SECRET.sub(r"\1***", text)
+    text = _PRIVATE_KEY.sub(r"\1***", text)
     return _TOKEN.sub("***", text)
 
 
@@ -137,7 +145,7 @@ def of_failure(kind: str, args: dict[str, Any], job_id: str, error: str, found: 
 
 def of_end(kind: str, args: dict[str, Any], job_id: str, result: dict[str, Any], found: Found = Found()) -> Message:
     """The message that a job is done: what it made, the metric before and after, and why a model leads or does not."""
-    metric = _metric(args, result)
+    metric = metric_of(args, result)
     challenger, champion = _part(result, "challenger"), _part(result, "champion")
     if kind == "retrain":
         measured = _part(result, "metrics")
@@ -147,6 +155,10 @@ def of_end(kind: str, args: dict[str, Any], job_id: str, result: dict[str, Any],
         if after is None and found.curve:  # a metric of the recipe's own, which no card holds
             after, after_of = _number(found.curve[-1]), f"{after_of}, last epoch"
         title, mood = "Retraining finished", "success"
+    elif kind == "sweep":
+        before, before_of, after = _number(found.before), found.before_of, _number(result.get("value"))
+        after_of = f"{_text(result.get('model'))}, as its recipe measured it"
+        title, mood = "Sweep finished", "success"
     else:
         on = f" on {_text(result['version'])}/{_text(result.get('split') or 'test')}" if result.get("version") else ""
         before, before_of = _number(champion.get(metric)), _text(champion.get("model")) + on
@@ -161,8 +173,8 @@ def of_end(kind: str, args: dict[str, Any], job_id: str, result: dict[str, Any],
                      for when, value, of in (("before", before, before_of), ("after", after, after_of)))
     is_measured = before is not None or after is not None or kind == "retrain"
     return Message(f"{title}: {_experiment(args, result)}", _cut(_text(result.get("reason")), TEXT),
-                   (*(measures if is_measured else ()), *_facts(args, result, job_id)), found.link,
-                   _plot(found.curve, before, after), mood)
+                   (*(measures if is_measured else ()), *_best_trial(result), *_facts(args, result, job_id)),
+                   found.link, _plot(found.curve, before, after), mood)
 
 
 class Outbox:
@@ -273,14 +285,26 @@ def _facts(args: dict[str, Any], result: dict[str, Any], job_id: str) -> tuple[t
     facts = (("Experiment", _experiment(args, result)), ("Git", git_address(first("repository", "git_uri"))),
              ("MLproject", first("location", "MLproject_location")), ("Recipe", first("recipe")),
              ("Commit", first("commit", "commit_hash")),
+             ("Searched for", _cut(", ".join(map(str, _part(args, "space"))), VALUE)), ("Trials", first("trials")),
              ("Data set version", " ".join(filter(None, (version, f"({repository})" if repository else "")))),
              ("Base model", first("base_model")), ("Model", first("model", "candidate")), ("By", first("person")),
              ("Job", job_id))
     return tuple((name, value) for name, value in facts if value)
 
 
-def _metric(args: dict[str, Any], result: dict[str, Any]) -> str:
-    return _text(result.get("primary") or args.get("primary") or args.get("primary_metric")) or METRIC
+def metric_of(args: dict[str, Any], result: dict[str, Any]) -> str:
+    """Name of the metric that a job was judged by."""
+    named = (where.get(name) for name in ("primary", "primary_metric", "metric") for where in (result, args))
+    return next((_text(name) for name in named if name), METRIC)
+
+
+def _best_trial(result: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Of a sweep: which trial won, how the others ended, and what it was given."""
+    if _number(result.get("best")) is None:
+        return ()
+    ended = ", ".join(f"{_text(count)} {state}" for state, count in _part(result, "counts").items() if count)
+    given = ", ".join(f"{name} = {_text(value)}" for name, value in _part(result, "params").items())
+    return ("Best trial", f"trial {_text(result['best'])} ({ended})"), ("Its parameters", _cut(given, VALUE))
 
 
 def _part(result: dict[str, Any], name: str) -> dict[str, Any]:

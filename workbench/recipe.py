@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -67,8 +68,11 @@ class Recipe:
         if undeclared:
             raise Invalid(f"Recipe {self.name} does not declare {', '.join(undeclared)} in {self.folder}/MLproject, "
                           "which this training needs. See docs/adopting.md.")
+        self.check_command()
         values = {name: plain(self.name, name, self.parameters[name][0], value) for name, value in params.items()}
-        values |= ours
+        # MLflow takes no path for a parameter of type uri.
+        values |= {name: Path(value).as_uri() if self.parameters[name][0] == "uri" and value.startswith("/") else value
+                   for name, value in ours.items()}
         missing = sorted(name for name, (_, default) in self.parameters.items()
                          if default is None and name not in values)
         if missing:
@@ -79,12 +83,22 @@ class Recipe:
     def command_line(self, arguments: dict[str, str]) -> str:
         """The shell command that `mlflow run` would run for these arguments (mlflow.projects, EntryPoint.compute_command),
         whose import alone takes seconds of a core. Raises Invalid when the command names what is no parameter."""
+        self.check_command()
         values = {name: shlex.quote(str(arguments.get(name, default))) for name, (_, default) in self.parameters.items()}
+        return self.command.format(**values)
+
+    def check_command(self) -> None:
+        """Raises Invalid when the command has anything in braces that is no name of a parameter: MLflow would end with
+        a traceback, and a width ({epochs:>999999999}) would fill the memory."""
         try:
-            return self.command.format(**values)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise Invalid(f"The command of {self.folder}/MLproject cannot be filled in: {error!r}. Declare what stands in "
-                          "braces as a parameter, and write braces of the shell twice.") from error
+            fields = [(name, form or convert) for _, name, form, convert in Formatter().parse(self.command)
+                      if name is not None]
+        except ValueError as error:
+            fields = [(str(error), "")]
+        wrong = [name for name, form in fields if form or name not in self.parameters]
+        if wrong:
+            raise Invalid(f"The command of {self.folder}/MLproject cannot be filled in: {wrong[0][:100]!r}. Declare "
+                          "what stands in braces as a parameter, by its name alone, and write braces of the shell twice.")
 
 
 def recipes(project: Path) -> list[str]:
@@ -112,9 +126,10 @@ def read_recipe(project: Path, name: str, commit: str | None = None, place: str 
         parameters = {str(key): _declared(value) for key, value in (main.get("parameters") or {}).items()}
         if not isinstance(main["command"], str):
             raise TypeError("command is no text")
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise Invalid(f"{file} at {commit[:12]} has no entry point main with a command: {error!r}. Mend and commit "
-                      "it.") from error
+    # yaml raises ValueError for a date that is none, RecursionError for brackets without end.
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise Invalid(f"{file} at {commit[:12]} has no entry point main with a command: {repr(error)[:200]}. Mend and "
+                      "commit it.") from error
     if "docker_env" in written:
         raise Invalid(f"{file} at {commit[:12]} asks for docker_env; recipes run in the workbench's own environment. "
                       "Take it out and commit.")
@@ -151,7 +166,7 @@ def check_out(project: Path, commit: str, mirrors: Path, folder: Path) -> None:
             shutil.rmtree(half, ignore_errors=True)
             git(mirrors, "clone", "--quiet", "--mirror", "--no-hardlinks", str(project.resolve()), str(half))
             half.rename(mirror)
-        if mirror != project:
+        if mirror != project and not _has(mirror, commit):
             # HEAD is asked for by itself: it may be detached, then no branch or tag leads to it. Nothing is pruned, so
             # that the commit of an interrupted training stays.
             git(mirror, "fetch", "--quiet", "--no-prune", "--update-shallow", "origin", "+refs/*:refs/*",
@@ -169,6 +184,14 @@ def discard(project: Path, mirrors: Path, folder: Path) -> None:
         with open(mirrors / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             git(mirror, "worktree", "prune")
+
+
+def _has(mirror: Path, commit: str) -> bool:
+    try:
+        git(mirror, "cat-file", "-e", f"{commit}^{{commit}}")
+    except Invalid:
+        return False
+    return True
 
 
 def _mirror(project: Path, mirrors: Path) -> Path:
@@ -209,12 +232,17 @@ def plain(recipe: str, name: str, kind: str, value: Any) -> str:
     if kind in ("float", "int") or isinstance(value, (int, float)):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise Invalid(f"Parameter {name} of recipe {recipe} must be a number, got {value!r}.")
+            raise Invalid(f"Parameter {name} of recipe {recipe} must be a number, got {_shown(value)}.")
         return str(int(number)) if number == int(number) and abs(number) < 1e15 else repr(number)
     if not isinstance(value, str) or not _TEXT.fullmatch(value):
         raise Invalid(f"Parameter {name} of recipe {recipe} must be a plain word (letters, digits, . , : + - _ @), got "
-                      f"{value!r}.")
+                      f"{_shown(value)}.")
     return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

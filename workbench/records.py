@@ -99,12 +99,16 @@ class Records:
             return {row.frame: row.holder for row in rows}
 
     def add(self, ledger: str, dataset: str, subject: str, person: str, facts: dict[str, Any] | None = None,
-            key: str | None = None) -> bool:
-        """Appends one entry. With a `key` that is there already nothing happens and False comes back."""
+            key: str | None = None, unless: Callable[[Entry], bool] | None = None) -> bool:
+        """Appends one entry. With a `key` that is there already nothing happens and False comes back, nor with an entry
+        of the ledger for which `unless` holds, which nobody can add meanwhile who asks the same."""
         row = {"dataset": dataset, "subject": subject, "person": person, "at": now(),
                "facts": json.dumps(facts or {}, sort_keys=True), "key": key}
         try:
-            with self.engine.begin() as connection:
+            with self.engine.begin() if unless is None else alone(self.engine) as connection:
+                there = () if unless is None else connection.execute(sa.select(LEDGERS[ledger]))
+                if any(unless(_entry(row)) for row in there):
+                    return False
                 connection.execute(LEDGERS[ledger].insert(), row)
         except sa.exc.IntegrityError:
             return False
@@ -119,13 +123,16 @@ class Records:
         if subject is not None:
             query = query.where(table.c.subject == subject)
         with reading(self.engine) as connection:
-            return [Entry(row.id, row.dataset, row.subject, row.person, row.at, json.loads(row.facts))
-                    for row in connection.execute(query)]
+            return [_entry(row) for row in connection.execute(query)]
 
     def deployed(self, dataset: str) -> str | None:
         """The model reference that annotates this data set's next upload, or None."""
         entries = self.entries("deployments", dataset, limit=1)
         return entries[0].subject if entries else None
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(row.id, row.dataset, row.subject, row.person, row.at, json.loads(row.facts))
 
 
 @contextmanager

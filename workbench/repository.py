@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -74,11 +75,15 @@ def read_address(text: str) -> Repository:
         raise Invalid("git_uri has a ? or #; leave it out, the commit goes into commit_hash.")
     path = url.path.strip("/")
     segments = path.split("/") if path else []
-    if (not _HOST.fullmatch(url.hostname or "") or url.username is not None and not _USER.fullmatch(url.username)
+    host = url.hostname or ""
+    place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
+    # What stands around brackets is passed over by urlsplit.
+    is_host = _HOST.fullmatch(host) or _is_ipv6(host)
+    if (not is_host or "[" in url.netloc and url.netloc.rpartition("@")[2].lower() != place
+            or url.username is not None and not _USER.fullmatch(url.username)
             or any(one in (".", "..") or not _SEGMENT.fullmatch(one) for one in segments)):
         raise Invalid(f"git_uri has a host, user or path that git could read as something else; write {FORMS} with "
                       "letters, digits, . _ ~ + - only.")
-    place = url.hostname + (f":{port}" if port is not None else "")
     user = f"{url.username}@" if url.username else ""
     return Repository(f"{url.scheme}://{user}{place}/{path}", url.scheme, _bare(url.scheme, place, *segments))
 
@@ -108,7 +113,7 @@ def check_commit(commit: str) -> str:
     """Raises Invalid unless it is a full SHA-1; a branch moves, and a short one may come to mean another commit."""
     if not _SHA.fullmatch(commit):
         raise Invalid("commit_hash must be a full commit hash, 40 lower-case hexadecimal digits, no branch or tag: "
-                      "see `git rev-parse HEAD`.")
+                      "see `git rev-parse HEAD`. Repositories whose hashes are SHA-256 are not taken.")
     return commit
 
 
@@ -172,6 +177,13 @@ def _local(path: str) -> Repository:
     return Repository(real, "file", ("file", *Path(real).parts[1:]))
 
 
+def _is_ipv6(host: str) -> bool:
+    try:
+        return isinstance(ip_address(host), IPv6Address) and "%" not in host
+    except ValueError:
+        return False
+
+
 def _bare(scheme: str, place: str, *segments: str) -> tuple[str, ...]:
     """x and x.git are one repository."""
     return (scheme, place.lower(), *segments[:-1], *(one.removesuffix(".git") for one in segments[-1:]))
@@ -215,6 +227,6 @@ def _fetch(repository: Repository, mirror: Path, check: Callable[[], None]) -> N
                 process.wait()
         if process.returncode:
             said.seek(max(0, said.seek(0, os.SEEK_END) - 600))
-            text = re.sub(r"://[^/@\s]+@", "://***@", said.read().decode(errors="replace")).strip()
+            text = re.sub(r"://[^/@\s]+@", "://***@", said.read().decode(errors="replace")).strip(" .\n")
             raise Invalid(f"git could not fetch {repository.address}: {text}. Look at the address, and whether the "
                           "worker's machine may read it (`git ls-remote` there).")

@@ -35,6 +35,12 @@ ARGS = {"version": "cells@1.0.0", "experiment": "night run", "repository": f"htt
 DONE = {"run_id": "r1", "model": "cells-detector@2", "commit": "c" * 40, "version": "cells@1.0.0", "recipe": "x",
         "seconds": 3.0, "metrics": {"map_50_95": 0.5, "on": "cells@1.0.0/val"}}
 
+SWEEP = {"version": "cells@1.0.0", "space": {"lr": {"low": 0.01, "high": 0.1}, "freeze": [0, 2]}, "metric": "map_50",
+         "trials": 20, "recipe": "small", "person": "ann"}
+SWEPT = {"run_id": "s1", "model": "cells-detector@3", "version": "cells@1.0.0", "recipe": "small", "commit": "c" * 40,
+         "metric": "map_50", "best": 7, "value": 0.625, "params": {"lr": 0.1, "freeze": 0, "schedule": "cosine"},
+         "counts": {"complete": 12, "failed": 0, "pruned": 5, "stopped": 0}, "trials": 17, "seconds": 9.0}
+
 
 class Kept:
     """A channel that keeps its messages; `fails` are raised first, one per message; `gate` holds it up."""
@@ -99,6 +105,24 @@ def test_a_metric_of_the_recipe_s_own_is_its_last_epoch_s() -> None:
     assert dict(message.lines)["accuracy before"] == "none"
 
 
+def test_a_sweep_tells_the_best_trial_with_its_value_and_parameters_and_how_the_others_ended() -> None:
+    start = of_start("sweep", SWEEP, "j1")
+    end = of_end("sweep", SWEEP, "j1", SWEPT, Found("https://ml.example/#/1", 0.4, "x@1"))
+    assert (start.title, end.title, end.mood) == ("Sweep started: cells", "Sweep finished: cells", "success")
+    assert (dict(start.lines)["Searched for"], dict(start.lines)["Trials"]) == ("lr, freeze", "20")
+    assert dict(start.lines)["Recipe"] == "small" and "Best trial" not in dict(start.lines)
+    lines = dict(end.lines)
+    assert lines["Best trial"] == "trial 7 (12 complete, 5 pruned)"
+    assert lines["Its parameters"] == "lr = 0.1, freeze = 0, schedule = cosine"
+    assert lines["map_50 after"] == "0.6250 (cells-detector@3, as its recipe measured it)"
+    assert lines["map_50 before"] == "0.4000 (x@1)" and lines["Trials"] == "17" and lines["Commit"] == "c" * 40
+    assert end.link == "https://ml.example/#/1" and end.image.startswith(b"\x89PNG")
+    failed = of_failure("sweep", SWEEP, "j1", "All 2 trials failed.")
+    assert (failed.title, failed.text, failed.mood) == ("Sweep failed: cells", "All 2 trials failed.", "failure")
+    secret = of_start("sweep", {**SWEEP, "space": {f"https://u:{SECRET}@h": [1]}}, "j1")
+    assert SECRET not in all_text(secret)
+
+
 @pytest.mark.parametrize(("promoted", "champion", "title", "mood"), [
     (True, {"model": "cells-detector@1", "map_50": 0.7}, "New champion: cells", "success"),
     (False, {"model": "cells-detector@1", "map_50": 0.7}, "The champion stays: cells", "info"),
@@ -124,10 +148,11 @@ def test_a_rollback_is_told() -> None:
 
 @pytest.mark.parametrize("result", [
     {}, {"metrics": None, "model": 5}, {"metrics": {"map_50_95": float("nan")}}, {"metrics": {"map_50_95": "0.5"}},
-    {"challenger": "x", "champion": [], "promoted": "yes", "reason": {"a": 1}}, {"metrics": {"map_50_95": True}}])
-@pytest.mark.parametrize("kind", ["retrain", "promote", "rollback"])
+    {"challenger": "x", "champion": [], "promoted": "yes", "reason": {"a": 1}}, {"metrics": {"map_50_95": True}},
+    {"best": 1, "value": float("nan"), "params": [], "counts": "x", "metric": 3}, {"best": "0", "value": "0.5"}])
+@pytest.mark.parametrize("kind", ["retrain", "sweep", "promote", "rollback"])
 def test_a_strange_result_still_makes_a_message(kind: str, result: dict[str, Any]) -> None:
-    strange = {"version": ["x"], "experiment": {"a": "b"}, "repository": 7, "commit": "\ud800",
+    strange = {"space": [1], "version": ["x"], "experiment": {"a": "b"}, "repository": 7, "commit": "\ud800",
                "person": "a\x00b\u202e"}
     message = of_end(kind, strange, "j", result, Found(before=float("nan"), curve=(float("nan"), float("inf"), 1.0)))
     json.dumps(message.lines).encode()
@@ -251,11 +276,12 @@ class Around:
         self.outbox = Outbox([self.channel])
         self.tracker: Any = SimpleNamespace(
             url="http://127.0.0.1:8650", run_url=lambda run_id: f"http://127.0.0.1:8650/#/experiments/1/runs/{run_id}",
-            history=lambda run_id, metric: [(1, 0.2), (2, 0.5)] if metric == "map_50_95" else [],
+            history=lambda run_id, metric: [(1, 0.2), (2, 0.5)] if metric == "map_50_95" and run_id != "s1" else [],
             by_alias=lambda name, alias: SimpleNamespace(version="1")
             if (name, alias) == ("cells-detector", "champion") else None,
-            runs=lambda experiment: [{"run_id": "other", "tags": {}}, {"run_id": "r9", "tags": {"job": "j1"}}]
-            if experiment == "night run" else [])
+            run=lambda run_id: {"tags": {"best_run": "r7"} if run_id == "s1" else {}},
+            runs=lambda experiment, limit: [{"run_id": "other", "tags": {}}, {"run_id": "r9", "tags": {"job": "j1"}}]
+            if experiment in ("night run", "cells sweeps") else [])
         self.models: Any = SimpleNamespace(card=lambda ref: SimpleNamespace(
             ref=ref, run_id="r1", metrics={"map_50_95": 0.4, "on": "cells@0.9.0/val"}))
         self.steps = announced({kind: step, "upload": step}, outbox=self.outbox, records=lambda: self.records,
@@ -284,6 +310,26 @@ def test_a_training_is_told_at_start_and_end_with_its_run(tmp_path: Path) -> Non
     assert end.link == "https://ml.example/mlflow/#/experiments/1/runs/r1" and end.image.startswith(b"\x89PNG")
     assert dict(end.lines)["map_50_95 before"] == "0.4000 (champion cells-detector@1 on cells@0.9.0/val)"
     assert SECRET not in all_text(start) + all_text(end)
+
+
+def test_a_sweep_is_told_with_its_own_run_and_the_curve_of_its_best_trial(tmp_path: Path) -> None:
+    swept = {**SWEPT, "metric": "map_50_95"}
+    around = Around(tmp_path, lambda args, job: swept, "sweep")
+    assert around.run({**SWEEP, "metric": None}) == swept
+    start, end = around.said()
+    assert start.title == "Sweep started: cells" and end.title == "Sweep finished: cells"
+    assert end.link.endswith("/runs/s1")
+    assert dict(end.lines)["map_50_95 before"] == "0.4000 (champion cells-detector@1 on cells@0.9.0/val)"
+    assert len(Image.open(BytesIO(end.image)).getcolors(1 << 16)) >= 4  # axes, the curve of run r7, the champion's line
+
+
+def test_a_sweep_that_fails_is_told_with_its_run_and_one_that_nobody_hears_of_ends_as_it_would(tmp_path: Path) -> None:
+    around = Around(tmp_path, raising(Invalid("All 2 trials failed.")), "sweep")
+    around.channel._fails = [Unavailable("Discord is away.")]  # the start is not heard
+    with pytest.raises(Invalid, match="All 2 trials failed"):
+        around.run(SWEEP)
+    (end,) = around.said()
+    assert (end.title, end.text) == ("Sweep failed: cells", "All 2 trials failed.") and end.link.endswith("/runs/r9")
 
 
 def test_a_job_that_is_repeated_after_a_crash_is_told_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_a_recipe_is_what_the_commit_says_and_not_what_lies_in_the_folder(projec
     check_out(project, recipe.commit, tmp_path / "mirrors", tmp_path / "code")
     assert (tmp_path / "code/models/tiny/train.py").read_bytes() == (DOUBLES / "recipes/tiny/train.py").read_bytes()
     assert not (tmp_path / "code/models/tiny/new file.py").exists()
+
+
+def test_a_commit_that_was_fetched_is_checked_out_again_without_the_project(project: Path, tmp_path: Path) -> None:
+    first = git(project, "rev-parse", "HEAD").strip()
+    check_out(project, first, tmp_path / "mirrors", tmp_path / "code")
+    project.rename(tmp_path / "away")
+    check_out(project, first, tmp_path / "mirrors", tmp_path / "code 1")
+    assert (tmp_path / "code 1/models/tiny/train.py").read_bytes() == (DOUBLES / "recipes/tiny/train.py").read_bytes()
+    with pytest.raises(Invalid, match="git fetch"):  # another commit would have to be asked for
+        check_out(project, "0" * 40, tmp_path / "mirrors", tmp_path / "code 2")
 
 
 def test_an_earlier_commit_can_be_checked_out_after_the_project_moved_on_and_forgot_it(project: Path, tmp_path: Path) -> None:
@@ -104,7 +115,8 @@ def test_a_recipe_name_is_a_plain_word(project: Path, name: str) -> None:
         read_recipe(project, name)
 
 
-@pytest.mark.parametrize("text", ["name: x", "entry_points: {main: {command: 7}}", "entry_points: [", "- 1", ""])
+@pytest.mark.parametrize("text", ["name: x", "entry_points: {main: {command: 7}}", "entry_points: [", "- 1", "",
+                                  "when: 2026-99-99", "a: " + "[" * 20_000])
 def test_an_mlproject_without_a_main_command_is_refused(project: Path, text: str) -> None:
     (project / "models/tiny/MLproject").write_text(text)
     commit(project)
@@ -113,6 +125,26 @@ def test_an_mlproject_without_a_main_command_is_refused(project: Path, text: str
 
 
 OURS = {"data": "/a b/data", "output": "/a b/out"}
+
+
+@pytest.mark.parametrize("more", ["{nothere}", "{0}", "{}", "{epochs:>99999999999}", "{epochs!r}", "{epochs.real}", "{data[x]}",
+                                  "${HOME}", "{", "}", "{epochs"])
+def test_braces_that_name_no_parameter_are_refused_before_anything_starts(project: Path, more: str) -> None:
+    recipe = read_recipe(project, "tiny")
+    broken = replace(recipe, command=f"{recipe.command} {more}")
+    for call in (lambda: broken.arguments({}, OURS), lambda: broken.command_line(OURS)):
+        with pytest.raises(Invalid, match="command of models/tiny/MLproject cannot be filled in") as told:
+            call()
+        assert len(str(told.value)) < 500
+
+
+def test_a_folder_for_a_parameter_of_type_uri_is_given_as_one(project: Path) -> None:
+    recipe = read_recipe(project, "tiny")
+    recipe = replace(recipe, parameters={**recipe.parameters, "data": ("uri", None), "output": ("path", None)},
+                     command="echo {data} {{x}} {output}")
+    given = recipe.arguments({}, OURS)
+    assert given == {"data": "file:///a%20b/data", "output": "/a b/out"}
+    assert recipe.command_line(given) == "echo file:///a%20b/data {x} '/a b/out'"
 
 
 def test_numbers_and_words_pass_and_ours_are_added(project: Path) -> None:
@@ -130,10 +162,12 @@ def test_a_text_that_is_no_plain_word_is_refused(project: Path, value: object) -
         read_recipe(project, "tiny").arguments({"mood": value}, OURS)
 
 
-@pytest.mark.parametrize("value", ["1; ls", "nan", "inf", float("nan"), "", None, [1], "0x10", "1 2"])
+@pytest.mark.parametrize("value", ["1; ls", "nan", "inf", float("nan"), "", None, [1], "0x10", "1 2",
+                                   10**400, "x" * 10**6])
 def test_a_number_that_is_none_is_refused(project: Path, value: object) -> None:
-    with pytest.raises(Invalid, match="Parameter epochs of recipe tiny must be a number"):
+    with pytest.raises(Invalid, match="Parameter epochs of recipe tiny must be a number") as told:
         read_recipe(project, "tiny").arguments({"epochs": value}, OURS)
+    assert len(str(told.value)) < 300
 
 
 def test_unknown_reserved_and_missing_parameters_are_refused(project: Path) -> None:

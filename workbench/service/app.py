@@ -17,6 +17,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workbench import __version__, kinds
 from workbench.config import Config
@@ -35,6 +36,9 @@ from workbench.wiring import Workbench
 
 MOST_JOBS = 1000
 MOST_PROBLEMS = 5
+# Requests that are one small JSON object; predict, CVAT's calls and its webhooks have limits of their own.
+SMALL = ("/retrain", "/v1/retrain", "/v1/jobs")
+SMALL_BYTES = 2**20
 
 
 class JobRequest(BaseModel):
@@ -73,6 +77,7 @@ def create(config: Config | None = None) -> FastAPI:
 
     # Without pages of its own: they would load scripts from another site.
     app = FastAPI(title="Workbench", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(_Bounded)
     app.add_middleware(Counted, metrics=metrics)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*parts.allowed_hosts(config), *nuclio.hosts(config)])
     app.add_middleware(nuclio.OwnPort, port=config.gateway_port)
@@ -154,6 +159,27 @@ def create(config: Config | None = None) -> FastAPI:
     return app
 
 
+class _Bounded:
+    """Reads at most SMALL_BYTES of a request's body: FastAPI takes it whole before it looks at the token."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = SMALL_BYTES
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"The body has more than {SMALL_BYTES >> 10} KiB", {"Connection": "close"})
+            return message
+
+        is_small = scope["type"] == "http" and scope["path"] in SMALL
+        await self._app(scope, bounded if is_small else receive, send)
+
+
 def _job(status: JobStatus) -> dict[str, Any]:
     return {**asdict(status), "is_over": status.is_over}
 
@@ -164,9 +190,16 @@ def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 def _refuse_form(request: Request, error: Exception) -> JSONResponse:
-    problems = "; ".join(f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
-                         for one in error.errors()[:MOST_PROBLEMS])
+    problems = "; ".join(map(_problem, error.errors()[:MOST_PROBLEMS]))
     return JSONResponse({"error": f"The request is not as it should be: {problems}."}, 422)
+
+
+def _problem(one: dict[str, Any]) -> str:
+    if one["type"] == "json_invalid":
+        return f"the body is no JSON ({one['ctx']['error']} at character {one['loc'][-1]})"
+    if one["loc"] == ("body",) and one["type"] == "model_attributes_type":
+        return "the body is no JSON object, or it was sent without the header 'Content-Type: application/json'"
+    return f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
 
 
 def _refuse_route(request: Request, error: Exception) -> JSONResponse:

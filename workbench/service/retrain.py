@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import anyio
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from workbench.errors import Conflict, Invalid, NotFound
 from workbench.jobs import JobStatus, QueueFull
@@ -47,8 +47,8 @@ class RetrainRequest(BaseModel):
         default_factory=dict, max_length=100, description="Values for parameters that the MLproject declares.")
     environment: str | None = Field(None, max_length=20, description="current: the workbench's own Python; locked: built "
                                     "from the recipe's lock. The setting retrain_environment otherwise.")
-    limits: dict[str, int] = Field(default_factory=dict, max_length=10, description="wall_s, cpu_s, memory_mb, processes, "
-                                   "disk_mb, log_mb: lower than the settings', for this training.")
+    limits: dict[str, StrictInt] = Field(default_factory=dict, max_length=10, description="wall_s, cpu_s, memory_mb, "
+                                         "processes, disk_mb, log_mb: lower than the settings', for this training.")
     gpu: bool = Field(False, description="Wait for a worker that serves the lane gpu.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from workbench.evaluation.regions import with_outlines
 from workbench.inference.detector import OpenBackend
 from workbench.model import ModelCard, parse_model_ref
 from workbench.ports import DatasetStore, Job, ModelStore, Tracker
-from workbench.records import Records
+from workbench.records import Entry, Records
 from workbench.steps.deploy import ALL, champions
 from workbench.steps.evaluate import Evaluation, evaluate
 from workbench.steps.retrain import name_for
@@ -93,24 +93,31 @@ def promote(
     direction, when the split is empty or the candidate is not one of the data set's registered models, NotFound.
     """
     name = parse_model_ref(candidate)[0]
-    _check(check_dataset_name(dataset), version, primary, lower_is_better, margin, max_class_drop)
+    _check(check_dataset_name(dataset), version, split, primary, lower_is_better, margin, max_class_drop)
     key = f"promote:{job.id}"
     decision = _recorded(records, dataset, key)
-    if decision is None:
+    # Again when another model became champion while these were measured: it is measured against that one then.
+    while decision is None:
         registered = {one.version: one for one in tracker.versions(name)}
         if parse_model_ref(candidate)[1] not in registered:
             raise Invalid(f"{candidate} is not a registered version of {name}; there are "
-                          f"{', '.join(registered) or 'none'}. Retrain on {dataset} to get one.")
+                          f"{', '.join(list(registered)[:20]) or 'none'}. Retrain on {dataset} to get one.")
         name_for(dataset, name, store, models)
-        champion = tracker.by_alias(name, "champion")
+        led = champions(dataset, records, name=name)[:1]
+        # The alias follows the ledger a moment later, or once a promotion that was killed is repeated.
+        alias = None if led else tracker.by_alias(name, "champion")
+        champion = led[0].subject if led else f"{name}@{alias.version}" if alias else None
         refusal = ""
         if primary is None:
             primary, refusal = _asked_metric(models.card(candidate), tracker, job)
-        decision = _decide(dataset, candidate, f"{name}@{champion.version}" if champion else None, version, split,
-                           margin, primary, refusal, max_class_drop, models, store, blobs, tracker, open_backend, job)
+        decision = _decide(dataset, candidate, champion, version, split, margin, primary, refusal, max_class_drop,
+                           models, store, blobs, tracker, open_backend, job)
         # First the ledger, then the aliases: a kill between the two is mended by the repeat, which finds the entry.
         facts = {**decision.to_json(), "job": job.id, "key": key}
-        records.add("promotions", dataset, candidate, person, facts, key=key)
+        if not records.add("promotions", dataset, candidate, person, facts, key=key,
+                           unless=changed_since(led, name) if decision.promoted else None):
+            job.log("Another model became champion meanwhile, or this was decided elsewhere; looking again.")
+            decision = _recorded(records, dataset, key)
     _tell_run(decision, tracker, models)
     if decision.promoted:
         before = decision.champion["model"] if decision.champion else None
@@ -149,7 +156,7 @@ def _asked_metric(card: ModelCard, tracker: Tracker, job: Job) -> tuple[str | No
     return asked, ""
 
 
-def _check(dataset: str, version: str, primary: str | None, lower_is_better: bool | None, margin: float,
+def _check(dataset: str, version: str, split: str, primary: str | None, lower_is_better: bool | None, margin: float,
            max_class_drop: float | None) -> None:
     known = " or ".join(PRIMARY)
     if primary not in (None, *PRIMARY):  # what comes as JSON may be unhashable
@@ -157,6 +164,8 @@ def _check(dataset: str, version: str, primary: str | None, lower_is_better: boo
     if lower_is_better is not None and (not isinstance(lower_is_better, bool) or lower_is_better):
         raise Invalid(f"Promotion compares {known}, and more of {primary or 'each'} is better: lower_is_better must be false or "
                       f"left out, got {lower_is_better!r}.")
+    if split not in ("val", "test"):
+        raise Invalid(f"Promotion compares models on the split test, or on val, not on {split!r}.")
     if parse_ref(version)[0] != dataset:
         raise Invalid(f"Promotion compares models on a version of {dataset}, {version} is none.")
     for what, value in (("margin", margin), ("max_class_drop", 0 if max_class_drop is None else max_class_drop)):
@@ -169,6 +178,13 @@ def digest_of(frames: Sequence[LabeledFrame]) -> str:
     """sha256 over the sorted lines "<name> <md5 of its bytes>" of frames: the same frames, the same digest."""
     lines = sorted(f"{one.frame.name} {one.frame.blob}\n" for one in frames)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def changed_since(known: Sequence[Entry], name: str) -> Callable[[Entry], bool]:
+    """Whether an entry of the ledger changed who leads under that name after the newest of those `known`."""
+    last = max((one.id for one in known), default=0)
+    return lambda entry: bool(entry.id > last and entry.facts.get("promoted")
+                              and parse_model_ref(entry.subject)[0] == name)
 
 
 def lead(dataset: str, key: str, champion: str, previous: str | None, tracker: Tracker, records: Records) -> None:
@@ -207,7 +223,12 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
         ref: {"model": ref, "sha256": card.files[card.onnx]["sha256"], "trained_on": card.trained_on,
               **dict.fromkeys(names), "per_class": {}} for ref, card in cards.items()}
 
+    unknown: list[str] = []
+
     def decided(promoted: bool, reason: str, leaked: int = 0, **more: Any) -> Decision:
+        if promoted and unknown:
+            reason += (f" What {' and '.join(unknown)} was trained on is not known here, so whether it has seen {split} frames "
+                       "was not checked.")
         return Decision(dataset, version, split, promoted, reason, primary, margin, scores[candidate],
                         scores[champion] if champion else None,
                         record.digest, len(frames), leaked, split_digest=digest_of(frames), **more)
@@ -215,7 +236,7 @@ def _decide(dataset: str, candidate: str, champion: str | None, version: str, sp
     if refusal:
         return decided(False, refusal)
     for ref, card in cards.items():
-        leaked = _leaked(card, manifest, split, store, models, job)
+        leaked = _leaked(card, manifest, split, store, models, job, unknown)
         if leaked:
             return decided(False, f"Refused: {len(leaked)} of {len(frames)} {split} frames of {version} were in the "
                                   f"training or validation data of {ref}, for example {leaked[0]}; its score would be "
@@ -291,9 +312,10 @@ def verdict(challenger: dict[str, Any], champion: dict[str, Any] | None, margin:
     return True, f"{told}: better by {new - old:.4f} (more than {margin:g}), the new champion."
 
 
-def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore, models: ModelStore,
-            job: Job) -> list[str]:
-    """Names of the split's frames whose pixels a model, or one it was started from, was trained or tuned on."""
+def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore, models: ModelStore, job: Job,
+            unknown: list[str]) -> list[str]:
+    """Names of the split's frames whose pixels a model, or one it was started from, was trained or tuned on. Where that
+    is not known, the model joins `unknown`."""
     seen: set[str] = set()
     followed: set[str] = set()
     while True:
@@ -303,6 +325,7 @@ def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore
                 trained = store.manifest(ref)
                 seen |= {one.frame.blob for part in ("train", "val") for one in trained.split(part)}
             else:
+                unknown.append(card.ref)
                 job.log(f"{card.ref} does not say what it was trained on: whether it has seen {split} frames cannot be "
                         "checked.")
             base = card.trained_on.get("base_model")
@@ -310,6 +333,7 @@ def _leaked(card: ModelCard, manifest: Manifest, split: str, store: DatasetStore
                 break
             card = models.card(base)
         except NotFound as error:
+            unknown.append(card.ref)
             job.log(f"What {card.ref} was trained on is not here, so it cannot be checked for {split} frames: {error}")
             break
     return [one.frame.name for one in manifest.split(split) if one.frame.blob in seen]

@@ -45,7 +45,7 @@ def from_repository(
             raise Invalid("Names in parameters must be letters, digits, _ and -, as the MLproject declares them.")
         # Its kind is not known yet: what reads as a number may be one.
         if not isinstance(value, str) or not _is_number(value):
-            plain(args["location"], name, "string", value)
+            plain(repository.name if args["location"] == "." else args["location"], name, "string", value)
     dataset = _dataset(dataset_repo, store)
     args["version"] = f"{dataset}@{_version(dataset, version, store)}"
     _check_base(base_model, models)

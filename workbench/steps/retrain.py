@@ -43,10 +43,16 @@ MLFLOW_RUN = f"""
 import json, sys
 from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.projects import run
+from mlflow.projects.submitted_run import LocalSubmittedRun
+ended = []
+LocalSubmittedRun.wait = lambda this: not ended.append(this.command_proc.wait()) and not ended[-1]
 try:
     run(".", env_manager="local", **json.loads(sys.argv[1]))
 except ExecutionException as error:
-    sys.exit(str(error))
+    print(error, file=sys.stderr)
+    # The command's own code, as a shell tells it; MLflow forgets it. One that we give a meaning to is not the command's.
+    code = ended[-1] if ended else 1
+    sys.exit(1 if code == {TRY_AGAIN} else code if code > 0 else 128 - code)
 except MlflowException as error:
     print(error, file=sys.stderr)
     sys.exit({TRY_AGAIN})
@@ -111,8 +117,7 @@ def retrain(
     """
     name = name_for(parse_ref(version_ref)[0], register_as, store, models)
     check_words(experiment, primary)
-    outside = {"repository": repository, "commit": commit, "location": location}
-    check_outside(outside)
+    outside = check_outside(repository, commit, location)
     check_choice(environment)
     allowed = most.tightened(limits)
     training = Training(home / "trainings" / folder_name(job.id), secrets=secrets)
@@ -122,25 +127,16 @@ def retrain(
                  "lower_is_better": lower_is_better or None, "limits": limits or None, "rerun_of": rerun_of}
         # What was not given is left out, as it is in the record of a training from before these existed.
         asked |= {key: value for key, value in named.items() if value is not None}
-        before = training.read("request.json")
-        if before is not None and before["asked"] != asked:
-            raise Conflict(f"Job {job.id} is already a training of {before['asked']}; start another job for another "
-                           "one.")
-        done = training.read("trained.json")
+        begun, done = earlier(training, asked, f"Job {job.id} is already a training", "trained.json")
         if done is not None:
             return Trained(**done)
-        failed = training.read("failed.json")
-        if failed is not None:
-            raise Invalid(failed["error"])
-        # A repeat runs what the first attempt ran, also when the project has moved on since.
-        chosen, project, address = choose(recipe, outside, before and before["commit"], project, repositories,
-                                          home / "recipes", job)
+        chosen, project, address = choose(recipe, outside, begun, project, repositories, home / "recipes", job)
         recipe = chosen.name
         version, manifest = labelled(version_ref, store)
         arguments = arguments_for(chosen, training, params or {}, name, base_model, models)
         if environment == LOCKED:
             read_lock(project, chosen)  # refused before there is a run
-        if before is None:
+        if begun is None:
             training.write("request.json", {"asked": asked, "commit": chosen.commit, "started_at": time.time()})
         experiment = experiment or version.dataset
         tags = {"git_uri": address, "location": location, "primary_metric": primary, "rerun_of": rerun_of,
@@ -164,7 +160,8 @@ def retrain(
                           run_id, job, experiment, choice=environment, limits=allowed,
                           ready=lambda built: keep(tracker, run_id, training, facts, built))
                 training.follow(job)
-            tracker.log(run_id, metrics={f"used_{key}": value for key, value in (training.read("usage.json") or {}).items()})
+            tracker.log(run_id, metrics={f"used_{key}": value for key, value in (training.read("usage.json") or {}).items()
+                                         if isinstance(value, (int, float))})
             metrics = results(training)
             if primary is not None and (isinstance(metrics.get(primary), bool)
                                         or not isinstance(metrics.get(primary), (int, float))):
@@ -199,6 +196,23 @@ def retrain(
         return trained
 
 
+def earlier(folder: Training, asked: dict[str, Any], already: str,
+            end: str) -> tuple[str | None, dict[str, Any] | None]:
+    """What earlier attempts of a job left in its folder: (the commit they ran, which a repeat runs too, also when the
+    project has moved on since; their result, in the file `end`), each None where there is none.
+
+    already  begins the sentence of the Conflict that is raised when the job was asked for something else before
+
+    Raises Invalid, as the first time, when the job has failed.
+    """
+    before, failed = folder.read("request.json"), folder.read("failed.json")
+    if before is not None and before["asked"] != asked:
+        raise Conflict(f"{already} of {before['asked']}; start another job for another one.")
+    if failed is not None:
+        raise Invalid(failed["error"])
+    return before and before["commit"], folder.read(end)
+
+
 def name_for(dataset: str, asked: str | None, store: DatasetStore, models: ModelStore) -> str:
     """The name a model is registered under: the one asked for, when it is nobody else's. Raises Invalid."""
     own = model_name(dataset)
@@ -228,14 +242,16 @@ def tidy(training: Training, project: Path, mirrors: Path, *, keep_output: bool 
     training.clear(("data", "data.half", "data.md5.json", "model", "fetched"), keep_output=keep_output)
 
 
-def check_outside(outside: dict[str, str | None]) -> None:
-    """Raises Invalid unless "repository", "commit" and "location" are given together, or none of them; "commit" alone
-    is one of the project's own."""
-    if outside["commit"] is not None and outside["repository"] is None and outside["location"] is None:
-        check_commit(outside["commit"])
+def check_outside(repository: str | None, commit: str | None, location: str | None) -> dict[str, str | None]:
+    """The three by their names. Raises Invalid unless they are given together, or none of them; a commit alone is one
+    of the project's own."""
+    outside = {"repository": repository, "commit": commit, "location": location}
+    if commit is not None and repository is None and location is None:
+        check_commit(commit)
     elif len({value is None for value in outside.values()}) > 1:
         raise Invalid("repository, commit and location go together; give all three, or none for the project's own "
                       "recipes.")
+    return outside
 
 
 def labelled(version_ref: str, store: DatasetStore) -> tuple[DatasetVersion, Manifest]:
@@ -351,19 +367,21 @@ def _md5(file: Path) -> str:
 def start(training: Training, recipe: Recipe, arguments: dict[str, str], project: Path, mirrors: Path,
           manifest: Manifest, version: DatasetVersion, blobs: Blobs, tracker: Tracker, run_id: str, job: Job,
           experiment: str, environment: dict[str, str] | None = None, *, choice: str = CURRENT, direct: bool = False,
-          limits: Limits = Limits(), ready: Callable[[Environment], None] = lambda built: None) -> None:
+          limits: Limits = Limits(), own: Environment | None = None,
+          ready: Callable[[Environment], dict[str, str]] = lambda built: {}) -> None:
     """Lays out data and code, where they are not there yet, and starts `mlflow run` on them in the environment of that
-    `choice`; `environment` is added to what the training gets, `ready` is called before it starts. With `direct` the same
-    command runs without the seconds that MLflow takes to put it together."""
+    `choice`, `own` being the workbench's, when it is known; `environment` is added to what the training gets. `ready` is
+    called before it starts and gives the run's tags. With `direct` the same command runs without the seconds that
+    MLflow takes to put it together."""
     if recipe.uncommitted:
         job.log(f"Uncommitted changes are left out, commit {recipe.commit[:12]} runs: {', '.join(recipe.uncommitted)}.")
     lay_out(manifest, blobs, version.ref, training.folder / "data", learns_from_a_teacher(recipe))
     check_out(project, recipe.commit, mirrors, training.folder / "code")
     here = training.folder / "code" / recipe.folder
-    built = current() if choice == CURRENT else locked(
+    built = (own or current()) if choice == CURRENT else locked(
         read_lock(project, recipe), here, mirrors.parent / "environments", job, training.secrets)
-    ready(built)
-    tracker.log(run_id, params={key: value for key, value in arguments.items() if not value.startswith("/")})
+    tracker.log(run_id, params={key: value for key, value in arguments.items()
+                                if not value.startswith(("/", "file:///"))}, tags=ready(built))
     command = ["bash", "-c", recipe.command_line(arguments)] if direct else [sys.executable, "-c", MLFLOW_RUN, json.dumps(
         {"run_id": run_id, "experiment_name": experiment, "parameters": arguments,
          "storage_dir": str(training.folder / "fetched")})]

@@ -11,7 +11,7 @@ from workbench.model import parse_model_ref
 from workbench.ports import Job, ModelStore, Tracker
 from workbench.records import Entry, Records
 from workbench.steps.deploy import ALL, champions
-from workbench.steps.promote import lead
+from workbench.steps.promote import changed_since, lead
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,12 @@ def rollback(dataset: str, *, to: str | None = None, name: str | None = None, mo
                         {**(before.facts.get("challenger") or {}), "model": before.subject}, {"model": present})
         # First the ledger, then the aliases, as in a promotion.
         facts = {**done.to_json(), "job": job.id, "key": key}
-        records.add("promotions", dataset, before.subject, person, facts, key=key)
+        if not records.add("promotions", dataset, before.subject, person, facts, key=key,
+                           unless=changed_since(entries, parse_model_ref(before.subject)[0])):
+            done = _recorded(dataset, key, records)
+            if done is None:
+                raise Conflict(f"Another model became champion of {dataset} meanwhile, in place of {present}. Look "
+                               "again, then roll back from that.")
     lead(dataset, key, done.challenger["model"], done.champion["model"], tracker, records)
     job.log(done.reason)
     return done

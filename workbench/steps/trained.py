@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,12 +20,12 @@ from workbench.annotation import Annotation
 from workbench.blobs import Blobs
 from workbench.boxes import Detections
 from workbench.dataset import DatasetVersion, Manifest
-from workbench.errors import Invalid, Unavailable
+from workbench.errors import Invalid, Unavailable, WorkbenchError
 from workbench.evaluation.effort import THRESHOLDS, least_effort
 from workbench.evaluation.primary import PRIMARY, counts, default_metric
 from workbench.evaluation.tags import least_touched, table
 from workbench.inference.detector import OpenBackend, check_card
-from workbench.inference.graph import file_record
+from workbench.inference.graph import file_record, read_graph
 from workbench.model import InputSpec, ModelCard
 from workbench.ports import DatasetStore, Job, Tracker
 from workbench.steps.evaluate import evaluate
@@ -33,6 +37,8 @@ from workbench.steps.training import JSON_MB, Training
 # Each with the most MiB it may have: a protobuf, and so an ONNX file, ends at 2 GiB.
 MODEL_FILES = {"model.onnx": 2048, "weights.pt": 32768}
 THRESHOLD_FRAMES = 300
+# For opening a graph and two images: generous, on a busy machine too, for those come by the hundred later.
+TRY_S = 180
 RESULTS = ("model.onnx", "card.json", "metrics.json")
 # The tracker failed, not the training; sysexits.h calls it EX_TEMPFAIL.
 TRY_AGAIN = 75
@@ -51,8 +57,8 @@ def results(training: Training) -> dict[str, Any]:
         raise Unavailable("The training stopped because MLflow did not answer; run it again, it goes on. "
                           f"{_end_of_log(training)}")
     if code not in (0, TRY_AGAIN):
-        how = f"ended with exit code {code}" if code not in (None, KILLED) else (
-            "was killed from outside (is there enough memory?)")
+        how = "was killed from outside (is there enough memory?)" if code in (None, KILLED) else (
+            f"ended with exit code {code}{_signal(code)}")
         raise Invalid(f"The training {how}. {_end_of_log(training)}")
     if missing:
         raise Invalid(f"The training ended without an error but left no {', '.join(missing)} in {training.output}; a "
@@ -86,7 +92,15 @@ def _json(training: Training, name: str) -> dict[str, Any]:
 
 
 def _end_of_log(training: Training) -> str:
-    return f"The end of {training.log}:\n{training.last_lines()}"
+    return f"The end of {training.log}:\n{training.last_lines() or '(it printed nothing)'}"
+
+
+def _signal(code: int) -> str:
+    """Which signal ended it, where a shell tells one by that exit code."""
+    try:
+        return f" ({signal.Signals(code - 128).name})"
+    except ValueError:
+        return ""
 
 
 def numbers(value: Any) -> Iterator[tuple[str, float]]:
@@ -103,18 +117,26 @@ def numbers(value: Any) -> Iterator[tuple[str, float]]:
 
 def log_epochs(training: Training, tracker: Tracker, run_id: str) -> None:
     """Gives the run the epochs that the recipe did not log itself."""
+    logged = tracker.run(run_id)["metrics"]
     known: dict[str, set[int]] = {}
     rows: dict[int, dict[str, float]] = {}
     for row in training.history():
-        numbers = {key: float(value) for key, value in row.items()
-                   if key not in ("epoch", "epochs") and isinstance(value, (int, float)) and -MOST < value < MOST}
+        numbers = {name: float(value) for name, value in ((_metric(key), value) for key, value in row.items())
+                   if name not in ("", "epoch", "epochs") and isinstance(value, (int, float)) and -MOST < value < MOST}
         for key in numbers.keys() - known.keys():
-            known[key] = {step for step, _ in tracker.history(run_id, key)}
+            known[key] = {step for step, _ in tracker.history(run_id, key)} if key in logged else set()
         missing = {key: value for key, value in numbers.items() if int(row["epoch"]) not in known[key]}
         if missing:
             rows[int(row["epoch"])] = missing
     if rows:
         tracker.log_steps(run_id, rows)
+
+
+def _metric(key: str) -> str:
+    """A name that MLflow takes (mlflow.utils.validation: letters, digits, _ - . : / and blanks, no path that leads
+    elsewhere, 250 characters), "" for none: mAP@0.5 is mAP_0.5 there."""
+    parts = (part.strip() for part in re.sub(r"[^\w.:/ -]", "_", key).split("/"))
+    return "/".join(part for part in parts if part.strip("."))[:250].rstrip("/ ")
 
 
 def publish(training: Training, name: str, run_id: str, manifest: Manifest, version: DatasetVersion,
@@ -131,12 +153,13 @@ def publish(training: Training, name: str, run_id: str, manifest: Manifest, vers
     for file in files:
         with training.open_output(file, MODEL_FILES[file]) as source, open(staged / file, "wb") as target:
             shutil.copyfileobj(source, target, MIB)
+    _into_one_file(training, staged / "model.onnx")
     card = _card(training, name, {file: file_record(staged / file) for file in files})
     foreign = [label for label in card.labels.labels if label not in manifest.taxonomy]
     if foreign:
         raise Invalid(f"The trained model knows {', '.join(foreign)}, {version.ref} does not; its recipe has to take "
                       "the labels from train.json.")
-    report = check_card(card, staged, open_backend)
+    report = _tried(card, staged, open_backend, job)
     job.log(f"The model runs on {report['library']}, {report['device']}, {report['precision']}.")
     chosen, measured = _operating_point(card, staged, manifest, version, metrics, store, blobs, open_backend, job)
     trained_on = {"ref": version.ref, "digest": version.digest}
@@ -153,6 +176,65 @@ def publish(training: Training, name: str, run_id: str, manifest: Manifest, vers
     tracker.log_files(run_id, staged / "card.json", "model")
     training.write("card.json", record)
     return record
+
+
+def _tried(card: ModelCard, folder: Path, open_backend: OpenBackend, job: Job) -> dict[str, Any]:
+    """check_card, waited for at most TRY_S: a stranger's graph may loop without end, and no call of a backend is ended
+    from outside. It then goes on in its thread until the worker ends; the worker itself goes on too. Raises Invalid."""
+    ended: list[dict[str, Any] | BaseException] = []
+
+    def check() -> None:
+        try:
+            ended.append(check_card(card, folder, open_backend))
+        except BaseException as error:  # raised below, where the job waits
+            ended.append(error)
+
+    thread = threading.Thread(target=check, name=f"try {card.ref}", daemon=True)
+    thread.start()
+    until = time.monotonic() + TRY_S
+    while thread.is_alive():
+        thread.join(0.5)
+        job.check()
+        if time.monotonic() > until and thread.is_alive():
+            raise Invalid(f"The trained model did not look at two images within {TRY_S} s. Look for a loop in its graph; "
+                          "the worker that tried it is busy with it until it is started again.")
+    (found,) = ended
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _into_one_file(training: Training, file: Path) -> None:
+    """Takes into a graph the tensors that its exporter kept in files beside it, as torch.onnx.export does unless told
+    otherwise. Raises Invalid; a file that is no graph is left to whoever opens it."""
+    import onnx
+    from google.protobuf.message import DecodeError, EncodeError
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except DecodeError:
+        return
+    names = {entry.value for tensor in onnx.external_data_helper._get_all_tensors(model)
+             for entry in tensor.external_data if entry.key == "location"}
+    # Any other place is refused when the graph is opened.
+    beside = [name for name in sorted(names) if Path(name).name == name and name not in MODEL_FILES
+              and os.path.lexists(training.output / name)]
+    if not beside:
+        return
+    try:
+        for name in beside:
+            with (training.open_output(name, MODEL_FILES["model.onnx"]) as source,
+                  open(file.parent / name, "wb") as target):
+                shutil.copyfileobj(source, target, MIB)
+        data, _ = read_graph(file)
+        file.write_bytes(data)
+    except (EncodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+        if isinstance(error, WorkbenchError):
+            raise
+        raise Invalid(f"{training.output / 'model.onnx'} keeps tensors in {', '.join(beside)[:200]}, which cannot be "
+                      f"taken into it: {str(error)[:200]}. Export the model into one file of less than 2 GiB.") from error
+    finally:
+        for name in beside:
+            (file.parent / name).unlink(missing_ok=True)
 
 
 def _operating_point(card: ModelCard, folder: Path, manifest: Manifest, version: DatasetVersion,
@@ -232,4 +314,5 @@ def _card(training: Training, name: str, files: dict[str, dict[str, Any]]) -> Mo
         return ModelCard.from_json({**record, "name": name, "version": "new", "files": files,
                                     "input": {key: value for key, value in spec.items() if key in known}})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Invalid(f"{file} does not describe a model: {error!r}. See docs/adopting.md for its fields.") from error
+        why = str(error).rstrip(".") if isinstance(error, WorkbenchError) else repr(error)
+        raise Invalid(f"{file} does not describe a model: {why}. See docs/adopting.md for its fields.") from error

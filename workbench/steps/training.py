@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +28,7 @@ from workbench.notifications import blotted
 from workbench.ports import Job
 from workbench.steps import keeper
 from workbench.steps.keeper import KEEPER, MARK, MIB
-from workbench.steps.limits import Limits
+from workbench.steps.limits import Limits, told
 
 POLL_S = 0.5
 # A trainer may be writing its checkpoint when it is asked to end; then it is killed.
@@ -38,6 +40,9 @@ HISTORY_MB, JSON_MB = 64, 16
 # An epoch further than this is a mistake, and no database has a column for it.
 MOST_EPOCHS = 10**9
 SHOWN_BYTES = 20_000
+SHOWN_LINE = 1000
+# Colours, cursor moves, window titles (ECMA-48, control sequences and strings).
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]{0,20}[ -/]{0,5}[@-~]|\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)|[@-Z\\-_])")
 # Of what a failed or cancelled training leaves in output/, files beyond this go.
 KEPT_MB = 8
 # All that a trainer gets of our own environment; tokens and passwords are not among it.
@@ -80,9 +85,16 @@ class Training:
             yield
 
     def read(self, name: str) -> Any:
-        """A JSON file of the folder, or None."""
+        """A JSON file of the folder, or None. Raises Invalid for one that is none of ours: trainings can write there."""
         file = self.folder / name
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            record = json.loads(file.read_bytes()) if file.exists() else {}
+        except (OSError, ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise Invalid(f"{file} was written by something else than the workbench. Train again as another job, with "
+                          "a recipe that writes into its output folder only.")
+        return record or None
 
     def write(self, name: str, record: Any) -> None:
         file = self.folder / name
@@ -100,8 +112,15 @@ class Training:
             return 1  # not written by the keeper
 
     def passed_limit(self) -> dict[str, Any] | None:
-        """What the keeper wrote when it ended the training: {"limit", "value", "used", ...}."""
-        return self.read("limit.json")
+        """What the keeper wrote when it ended the training: {"limit", "value", "used", ...}. Raises Invalid as `read`."""
+        passed = self.read("limit.json")
+        if passed is None:
+            return None
+        try:
+            told(passed)
+        except (KeyError, ValueError, TypeError) as error:
+            raise Invalid(f"{self.folder / 'limit.json'} was written by something else than the workbench.") from error
+        return passed
 
     def ended_at(self) -> float:
         """Seconds since the epoch."""
@@ -195,24 +214,34 @@ class Training:
                     if not keepers and self.exit_code() is None:
                         break
                 job.check()
-                time.sleep(POLL_S)
+                self._wait(POLL_S)
         except (Exception, KeyboardInterrupt):  # not every BaseException: the next worker goes on from one that ends
             self.stop()
             raise
         # What is left when the keeper was killed.
         self.stop()
 
+    def _wait(self, seconds: float) -> None:
+        """So long, or until the keeper that this worker started is over, which it is once it wrote the exit code."""
+        if self._child is None or self._child.returncode is not None:
+            time.sleep(seconds)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(seconds)
+
     def stop(self) -> None:
         """Ends every process of the training: asks, waits a moment, kills; returns when none is left."""
-        # A keeper that is stopped still inherits orphans, and takes no end of its command for the training's.
-        keepers = self._keepers()
-        for one in keepers:
-            keeper.send(one, signal.SIGSTOP)
-        spared = {(one.pid, one.started) for one in keepers}
-        keeper.end_all(lambda: [one for one in self._find() if (one.pid, one.started) not in spared], self._grace_s)
-        for one in keepers:
-            keeper.send(one, signal.SIGKILL)
-        keeper.end_all(self._find, 0)
+        # A keeper that wrote the exit code has ended all others, so that one look is enough where nobody is left.
+        if self.exit_code() is None or self._find():
+            # A keeper that is stopped still inherits orphans, and takes no end of its command for the training's.
+            keepers = self._keepers()
+            for one in keepers:
+                keeper.send(one, signal.SIGSTOP)
+            spared = {(one.pid, one.started) for one in keepers}
+            keeper.end_all(lambda: [one for one in self._find() if (one.pid, one.started) not in spared], self._grace_s)
+            for one in keepers:
+                keeper.send(one, signal.SIGKILL)
+            keeper.end_all(self._find, 0)
         if self._child is not None:
             self._child.wait()
         self._blot_log()
@@ -277,8 +306,12 @@ class Training:
             return ""
         if start:  # half a line may begin with half a secret
             text = text.partition("\n")[2] or text[1000:]
+        # A terminal or a page that shows it must not obey it.
+        text = "".join(char for char in _ESCAPES.sub("", text)
+                       if char in "\n\r\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
         text = "\n".join(line for line in text.splitlines() if line.strip() and "INFO mlflow" not in line)
-        return "\n".join(self._blotted(text).splitlines()[-count:])
+        return "\n".join(line if len(line) <= SHOWN_LINE else f"{line[:SHOWN_LINE]}..."
+                         for line in self._blotted(text).splitlines()[-count:])
 
     def _blotted(self, text: str) -> str:
         for secret in self.secrets:
@@ -296,8 +329,9 @@ class Training:
         except OSError:
             return
         with source, open(half, "w", newline="\n") as target:
-            while piece := source.readlines(MIB):
-                target.write(self._blotted("".join(piece)))
+            # Whole lines, but of an endless one a piece only: no other thread runs while one piece is looked through.
+            while piece := source.read(SHOWN_BYTES):
+                target.write(self._blotted(piece + source.readline(SHOWN_BYTES)))
         half.replace(self.log)
         self._blotted_at = self._log_state()
 

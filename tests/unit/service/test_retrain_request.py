@@ -143,6 +143,10 @@ def test_a_data_set_may_be_named_by_its_repository_and_the_project_is_always_all
     ({"git_uri": "http://127.0.0.1:9/acme/x"}, "other transports"),
     ({"git_uri": f"{LISTED}/x\n--upload-pack=s3cret"}, "one line"),
     ({"git_uri": f"{LISTED}/../s3cret"}, "could read as something else"),
+    ({"git_uri": "https://a[::1]/s3cret"}, "could read as something else"),
+    ({"git_uri": "https://[v1.s3cret]/x"}, "could read as something else"),
+    ({"git_uri": "https://[fe80::1%25s3cret]/x"}, "could read as something else"),
+    ({"git_uri": "https://[::1]/x"}, "setting retrain_repositories"),
     ({"git_uri": f"{LISTED}/%2e%2e/s3cret"}, "could read as something else"),
     ({"git_uri": "https://127.0.0.1:9/acme-of-another/x"}, "setting retrain_repositories"),
     ({"git_uri": "https://127.0.0.1/acme/x"}, "setting retrain_repositories"),
@@ -181,11 +185,36 @@ def test_a_data_set_may_be_named_by_its_repository_and_the_project_is_always_all
     ({"environment": "docker"}, "An environment is current"),
     ({"limits": {"gpus": 1}}, "There is no limit gpus to ask for; there are wall_s"),
     ({"limits": {"wall_s": -1}}, "Limit wall_s must be a whole number"),
+    ({"limits": {"wall_s": True}}, "limits.wall_s: Input should be a valid integer"),
+    ({"parameters": {"epochs": 10**400}}, "Parameter epochs of recipe models/tiny must be a number"),
+    ({"MLproject_location": ".", "parameters": {"epochs": float("inf")}}, "Parameter epochs of recipe student must be"),
 ])
 def test_what_cannot_be_trained_is_one_sentence_and_no_job(client: TestClient, changed: dict[str, Any], says: str) -> None:
     answer = client.post("/retrain", content=json.dumps(body(**changed)), headers={"Content-Type": "application/json"})
     assert answer.status_code == 422 and says in answer.json()["error"], answer.text
     assert "s3cret" not in answer.text and client.get("/v1/jobs").json() == []
+
+
+@pytest.mark.parametrize(("sent", "kind", "says"), [
+    (b"{", "application/json", "the body is no JSON (Expecting property name"),
+    (b"[1]", "application/json", "the body is no JSON object"),
+    (b"experiment_name=x", "application/x-www-form-urlencoded", "without the header 'Content-Type: application/json'"),
+    (json.dumps(body()).encode(), "", "without the header 'Content-Type: application/json'"),
+])
+def test_a_body_that_is_no_json_object_is_told_so(client: TestClient, sent: bytes, kind: str, says: str) -> None:
+    answer = client.post("/retrain", content=sent, headers={"Content-Type": kind})
+    assert answer.status_code == 422 and says in answer.json()["error"], answer.text
+
+
+@pytest.mark.parametrize("path", ["/retrain", "/v1/retrain", "/v1/jobs"])
+def test_a_body_beyond_a_mebibyte_is_not_read_into_memory_whoever_sends_it(workbench: Workbench, path: str) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield from [b" " * 2**16] * 32
+
+    with TestClient(create(replace(workbench.config, service_token="t0ken")), base_url="http://127.0.0.1") as client:
+        answer = client.post(path, content=pieces(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413 and "more than 1024 KiB" in answer.json()["error"], answer.text
+        assert client.post("/retrain", json=body(), headers={"Authorization": "Bearer t0ken"}).status_code == 202
 
 
 def test_a_link_below_a_listed_folder_does_not_lead_out_of_it(client: TestClient, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ class Promotions(Bench):
                          trained_on={"ref": trained_on, "base_model": base_model})
         return self.parts["models"].register(card, folder).ref
 
-    def promote(self, candidate: str, version: str, job: str = "job-1", **changed: Any) -> Decision:
+    def promote(self, candidate: str, version: str, job: str | Quiet = "job-1", **changed: Any) -> Decision:
+        job = Quiet(id=job) if isinstance(job, str) else job
         parts = {name: self.parts[name] for name in ("models", "store", "blobs", "tracker", "open_backend", "person")}
-        return promote(self.dataset, candidate, version, **{"records": self.records, "job": Quiet(id=job), **parts, **changed})
+        return promote(self.dataset, candidate, version, **{"records": self.records, "job": job, **parts, **changed})
 
     def rollback(self, job: str = "back-1", **changed: Any) -> Rollback:
         parts = {name: self.parts[name] for name in ("models", "tracker", "person")}
@@ -207,6 +208,23 @@ def test_a_model_that_has_seen_test_frames_is_refused(bench: Promotions, way: st
     assert bench.records.entries("promotions", bench.dataset)[0].facts["leaked"] == 1
 
 
+@pytest.mark.parametrize("trained_on", ["", "gone@1.0.0"])
+def test_of_a_model_whose_training_data_is_not_known_the_decision_says_that_it_was_not_checked(bench: Promotions, trained_on: str) -> None:
+    version = bench.publish()
+    known, other = bench.model(2, version), bench.model(1, trained_on)
+    assert "not checked" not in bench.promote(known, version, "known").reason
+    decision = bench.promote(other, version, "other")
+    assert decision.promoted and decision.reason.endswith(
+        f"What {other} was trained on is not known here, so whether it has seen test frames was not checked.")
+
+
+@pytest.mark.parametrize("split", ["train", "tset", "", ["test"]])
+def test_nothing_is_compared_on_another_split_than_test_or_val(bench: Promotions, split: Any) -> None:
+    version = bench.publish()
+    with pytest.raises(Invalid, match="on the split test, or on val, not on"):
+        bench.promote(bench.model(2, version), version, split=split)
+
+
 def test_a_model_whose_outputs_are_nan_is_refused(bench: Promotions) -> None:
     version = bench.publish()
     decision = bench.promote(bench.model(0, version, is_broken=True), version)
@@ -254,6 +272,64 @@ def test_a_kill_between_ledger_and_alias_is_mended_by_the_repeat_but_a_late_repe
     assert bench.promote(first, version).promoted  # what was decided then
     assert bench.alias("champion") == second
     assert len(bench.records.entries("promotions", bench.dataset)) == 2
+
+
+class Meanwhile(Quiet):
+    """A job that does something the first time it is asked whether it was cancelled: when it is about to measure."""
+
+    def __init__(self, do: Callable[[], Any], **named: Any) -> None:
+        super().__init__(**named)
+        self._do = do
+
+    def check(self) -> None:
+        do, self._do = self._do, lambda: None
+        do()
+
+
+def test_of_two_promotions_at_once_the_second_is_measured_against_the_winner_of_the_first(bench: Promotions) -> None:
+    version = bench.publish()
+    old, best, better = bench.model(4, version), bench.model(0, version), bench.model(2, version)
+    bench.promote(old, version, "old")
+    late = bench.promote(better, version, job=Meanwhile(lambda: bench.promote(best, version, "best"), id="late"))
+    assert not late.promoted and late.champion["model"] == best and bench.aliases() == (best, old)
+    assert [entry.facts["promoted"] for entry in bench.records.entries("promotions", bench.dataset)] == [False, True, True]
+
+
+def test_a_promotion_that_was_measured_against_a_champion_rolled_back_meanwhile_is_measured_again(bench: Promotions) -> None:
+    version = bench.publish()
+    old, present, new = bench.model(2, version), bench.model(1, version), bench.model(0, version)
+    bench.promote(old, version, "old")
+    bench.promote(present, version, "present")
+    decision = bench.promote(new, version, job=Meanwhile(lambda: bench.rollback(to=old), id="late"))
+    assert decision.promoted and decision.champion["model"] == old and bench.aliases() == (new, old)
+
+
+def test_a_rollback_of_a_champion_who_was_replaced_meanwhile_is_a_conflict(bench: Promotions, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = bench.publish()
+    old, present, new = bench.model(2, version), bench.model(1, version), bench.model(0, version)
+    bench.promote(old, version, "old")
+    bench.promote(present, version, "present")
+    folder, models = bench.parts["models"].folder, bench.parts["models"]
+
+    def promoted_first(ref: str) -> Path:
+        monkeypatch.setattr(models, "folder", folder)
+        bench.promote(new, version, "new")
+        return folder(ref)
+
+    monkeypatch.setattr(models, "folder", promoted_first)
+    with pytest.raises(Conflict, match=f"Another model became champion.*in place of {present}"):
+        bench.rollback()
+    assert bench.aliases() == (new, present)
+
+
+def test_a_champion_whose_alias_was_not_yet_set_is_the_one_to_beat(bench: Promotions) -> None:
+    version = bench.publish()
+    old, best, better = bench.model(4, version), bench.model(0, version), bench.model(2, version)
+    bench.promote(old, version, "old")
+    bench.promote(best, version, "best")
+    bench.parts["tracker"].set_alias(f"{bench.dataset}-detector", "champion", old.partition("@")[2])
+    decision = bench.promote(better, version, "late")
+    assert not decision.promoted and decision.champion["model"] == best
 
 
 def test_what_cannot_be_compared_is_refused_with_what_to_do(bench: Promotions) -> None:

@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import psutil
 import pytest
 from parts_training import Bench, commit
@@ -19,6 +21,7 @@ from workbench.adapters.mlflow import MlflowTracker
 from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable
 from workbench.ports import Quiet
 from workbench.recipe import git
+from workbench.steps import trained
 
 
 class But:
@@ -172,7 +175,7 @@ def test_cancelling_ends_the_trainer_with_its_children_and_the_run_is_killed(ben
 
 
 @pytest.mark.parametrize(("mood", "told"), [
-    ("fail", "(?s)ended with exit code 1.*log.txt.*error: the loss is not finite in epoch 1"),
+    ("fail", "(?s)ended with exit code 3.*log.txt.*error: the loss is not finite in epoch 1"),
     ("nomodel", "ended without an error but left no model.onnx, card.json, metrics.json"),
     ("nan", "metrics.json map_50 is nan: it did not learn"),
 ])
@@ -184,6 +187,77 @@ def test_a_training_that_fails_says_why_and_registers_nothing(bench: Bench, mood
         assert bench.run()["status"] == "FAILED"
     assert len((bench.training().output / "starts.txt").read_text().splitlines()) == 1
     assert bench.parts["models"].refs() == [] and bench.parts["tracker"].versions(f"{bench.dataset}-detector") == []
+
+
+class Endless:
+    """A backend that opens a model for as long as a test goes on, as one does whose graph loops without end."""
+
+    def __init__(self) -> None:
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def __call__(self, file: Any) -> Any:
+        self.begun.set()
+        self.over.wait(60)
+        raise Invalid("the test is over")
+
+
+def test_a_model_that_never_answers_fails_its_training_and_holds_the_worker_up_no_longer(
+        bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained, "TRY_S", 1)
+    endless = Endless()
+    with pytest.raises(Invalid, match="did not look at two images within 1 s. Look for a loop in its graph"):
+        bench.retrain(bench.publish(), open_backend=endless)
+    endless.over.set()
+    assert bench.run()["status"] == "FAILED" and bench.parts["models"].refs() == []
+
+
+def test_a_training_is_cancelled_while_its_model_does_not_answer(bench: Bench) -> None:
+    endless = Endless()
+
+    class Cancels(Quiet):
+        def check(self) -> None:
+            if endless.begun.is_set():
+                raise Cancelled("Job was cancelled.")
+
+    with pytest.raises(Cancelled):
+        bench.retrain(bench.publish(), Cancels(id=f"job-{bench.dataset}"), open_backend=endless)
+    endless.over.set()
+    assert bench.run()["status"] == "KILLED" and bench.parts["models"].refs() == []
+
+
+def tensors_beside(bench: Bench, more: str) -> None:
+    """The recipe tiny keeps its tensors in model.onnx.data, as torch.onnx.export does, then does something more."""
+    train = bench.project / "models" / "tiny" / "train.py"
+    line = '    (output / "weights.pt").write_bytes(b"plain weights")\n'
+    assert line in train.read_text()
+    train.write_text(train.read_text().replace(line, f'''{line}    onnx.save(onnx.load(output / "model.onnx"), output / "model.onnx",
+              save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    {more}
+'''))
+    commit(bench.project)
+
+
+def test_tensors_that_an_exporter_kept_beside_the_graph_are_taken_into_it(bench: Bench) -> None:
+    tensors_beside(bench, "")
+    trained = bench.retrain(bench.publish())
+    folder = bench.parts["models"].folder(trained.model)
+    assert sorted(one.name for one in folder.iterdir()) == ["card.json", "model.onnx", "weights.pt"]
+    assert not any(tensor.external_data for tensor in onnx.load(folder / "model.onnx").graph.initializer)
+    assert trained.metrics["map_50"] == 1
+
+
+@pytest.mark.parametrize(("more", "told"), [
+    ("(output / 'model.onnx.data').unlink()", "keeps tensor .* in 'model.onnx.data'; only a file beside it is allowed"),
+    ("(output / 'model.onnx.data').unlink(); (output / 'model.onnx.data').symlink_to('/etc/passwd')", "data is a link or no plain"),
+    ("os.truncate(output / 'model.onnx.data', 3)", "keeps tensors in model.onnx.data, which cannot be taken into it"),
+    ("(output / 'model.onnx').write_bytes((output / 'model.onnx').read_bytes().replace(b'model.onnx.data', b'../../../../any'))",
+     "keeps tensor .* in '../../../../any'"),
+])
+def test_tensors_beside_the_graph_that_are_not_there_or_lead_elsewhere_are_refused(bench: Bench, more: str, told: str) -> None:
+    tensors_beside(bench, more)
+    with pytest.raises(Invalid, match=told):
+        bench.retrain(bench.publish())
+    assert bench.parts["models"].refs() == []
 
 
 @pytest.mark.parametrize(("changed", "error", "told"), [

@@ -15,7 +15,7 @@ from workbench import repository
 from workbench.errors import Cancelled, Conflict, Invalid, NotFound, Unavailable
 from workbench.ports import Quiet
 from workbench.recipe import git
-from workbench.repository import fetch, read_address
+from workbench.repository import fetch, permitted, read_address
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -96,6 +96,18 @@ def test_what_cannot_be_trained_from_is_refused_before_anything_starts(
         bench.retrain(version, **asked(outside, **changed))
     assert bench.parts["tracker"].runs(bench.dataset) == [] and not bench.training().log.exists()
     assert list(bench.folder.rglob("tricked")) == [] and list(bench.home.rglob("*.half")) == []
+
+
+@pytest.mark.parametrize(("text", "address"), [
+    ("https://[::1]/acme/x.git", "https://[::1]/acme/x.git"),
+    ("ssh://git@[2001:DB8::1]:2222/acme/x", "ssh://git@[2001:db8::1]:2222/acme/x"),
+])
+def test_a_host_may_be_an_ipv6_address_and_is_listed_as_one(text: str, address: str, tmp_path: Path) -> None:
+    assert read_address(text).address == address
+    listed = address.removesuffix("/x").removesuffix("/x.git")
+    assert permitted(text, f"https://host, {listed}", tmp_path).address == address
+    with pytest.raises(Invalid, match="setting retrain_repositories"):
+        permitted(text, listed.replace("::1", "::2"), tmp_path)
 
 
 def test_a_tree_or_a_tag_object_is_no_commit(bench: Bench, outside: Path) -> None:

@@ -86,6 +86,29 @@ def test_credentials_in_addresses_do_not_show_in_the_end_of_the_log(training: Tr
     assert len(training.last_lines().splitlines()) == 12
 
 
+def test_what_a_terminal_would_obey_is_not_shown_and_a_line_is_not_endless(training: Training) -> None:
+    training.log.write_text("\x1b[2J\x1b[31mred\x1b[0m\x1b]0;a title\x07 \u202ertl \x08\x00bell\x07 tab\there ü\n10 %\r20 %\n" + "x" * 15_000)
+    red, ten, twenty, long = training.last_lines().splitlines()
+    assert (red, ten, twenty) == ("red rtl bell tab\there ü", "10 %", "20 %") and long == "x" * 1000 + "..."
+
+
+@pytest.mark.parametrize(("line", "shown"), [
+    ("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPx", "AWS_SECRET_ACCESS_KEY=***"),
+    ("password: hunter22hunter", "password: ***"),
+    ("{'DB_PASSWORD': 'abcdefgh12', 'a': 1}", "{'DB_PASSWORD': '***', 'a': 1}"),
+    ('{"api_key": "abcdefgh12"}', '{"api_key": "***"}'),
+    ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghijklmnop end", "*** end"),
+    (f"hf_{'A' * 34}", "***"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIE+/=\nabc\n-----END RSA PRIVATE KEY-----",
+     "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----"),
+    ("tokens: 512000000 tokenizer: bert-base-uncased monkey: banana-split", None),
+    ("token accuracy: 0.91234567 token=123456789 secret: none", None),
+])
+def test_secrets_under_their_names_and_in_known_shapes_do_not_show(training: Training, line: str, shown: str | None) -> None:
+    training.log.write_text(line + "\n")
+    assert training.last_lines() == (shown or line)
+
+
 def test_cancelling_ends_every_child_also_those_that_ignore_it_or_hide(training: Training, tmp_path: Path) -> None:
     script = ("import signal, subprocess, sys, time\n"
               "deaf = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'\n"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from workbench.adapters.mlflow import MlflowTracker
 from workbench.errors import Invalid
-from workbench.steps.trained import results
+from workbench.steps.trained import log_epochs, results
 from workbench.steps.training import Training
 
 GOOD = {"model.onnx": b"onnx", "card.json": b"{}", "metrics.json": b'{"map_50": 0.5}', "history.jsonl": b'{"epoch": 1, "loss": 0.5}\n'}
@@ -102,7 +103,7 @@ def test_a_pipe_or_an_endless_device_instead_of_the_history_holds_nobody_up(trai
 
 
 def test_a_training_that_was_killed_or_forged_its_end_has_failed(training: Training) -> None:
-    for text, told in (("137", "was killed from outside"), ("3", "ended with exit code 3"), ("well done", "ended with exit code 1")):
+    for text, told in (("137", "was killed from outside"), ("3", "ended with exit code 3"), ("139", r"code 139 \(SIGSEGV\)"), ("well done", "ended with exit code 1")):
         (training.folder / "exit").write_text(text)
         with pytest.raises(Invalid, match=f"{told}(?s:.*)the last words"):
             results(training)
@@ -112,6 +113,35 @@ def test_the_limit_that_ended_a_training_is_what_it_failed_by(training: Training
     training.write("limit.json", {"limit": "memory_mb", "value": 100, "used": 123.4, "processes": 2})
     with pytest.raises(Invalid, match=r"held 123 MiB of memory in 2 processes, its limit is 100 .*smaller batches(?s:.*)the last words"):
         results(training)
+
+
+@pytest.mark.parametrize("text", ["[1]", "1", "", "{", '"x"', '{"limit": "nope"}', '{"limit": "wall_s"}', '{"limit": []}',
+                                  '{"limit": "wall_s", "value": 1, "used": "x"}', "[" * 100_000, "\udce9"])
+def test_a_limit_that_the_training_wrote_itself_is_told_in_one_sentence(training: Training, text: str) -> None:
+    (training.folder / "limit.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(Invalid, match="limit.json was written by something else than the workbench"):
+        results(training)
+
+
+def test_a_training_that_failed_without_a_word_is_said_to_have_printed_nothing(training: Training) -> None:
+    training.log.write_text("\n \n")
+    (training.folder / "exit").write_text("3")
+    with pytest.raises(Invalid, match=r"exit code 3. The end of .*log.txt:\n\(it printed nothing\)"):
+        results(training)
+
+
+def test_metrics_of_any_name_reach_the_tracker_under_one_that_it_takes(training: Training, mlflow_url: str) -> None:
+    row = {"epoch": 1, "mAP@0.5": 0.5, "loss(train)": 1, "a:b": 2, "../x": 3, "": 4, "ü": 5, "x" * 300: 6, "a\nb": 7, "/abs": 8,
+           "c//d": 9, ".": 10, "e/../f": 11, "val/loss": 12, "lr %": 13, " g ": 14}
+    (training.output / "history.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"epoch": 2, "mAP@0.5": 0.6}) + "\n")
+    tracker = MlflowTracker(mlflow_url)
+    run_id = tracker.start_run(training.folder.parent.parent.name, "named oddly", {})
+    for _ in range(2):  # again adds nothing
+        log_epochs(training, tracker, run_id)
+    assert tracker.run(run_id)["metrics"] == {
+        "mAP_0.5": 0.6, "loss_train_": 1, "a:b": 2, "x": 3, "ü": 5, "x" * 250: 6, "a_b": 7, "abs": 8, "c/d": 9, "e/f": 11,
+        "val/loss": 12, "lr _": 13, "g": 14}
+    assert tracker.history(run_id, "mAP_0.5") == [(1, 0.5), (2, 0.6)]
 
 
 def test_of_a_failed_training_small_files_stay_and_links_lead_nowhere(training: Training, tmp_path: Path) -> None:
