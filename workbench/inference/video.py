@@ -243,29 +243,23 @@ def jpegs(read: Callable[[], bytes], boundary: bytes, most: int = MAX_JPEG) -> I
 def decode_jpeg(data: bytes) -> np.ndarray | None:
     """(H, W, 3) uint8 RGB, or None when the bytes are no whole image of a sensible size."""
     import cv2
+
+    from workbench.inference.pixels import decode_rgb
     size = jpeg_size(data)
     if size is None or not 0 < size[0] * size[1] <= MAX_PIXELS:
         return None
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return decode_rgb(data)
     except cv2.error:
         return None
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) from a JPEG's frame header, before anything is decoded (ITU T.81, B.2.2); None without one."""
+    """(width, height) from a JPEG's frame header, before anything is decoded; None without one."""
+    from workbench.inference.pixels import image_size
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-1024:]:
         return None  # the end marker is missing: cut short
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 7:at + 9], "big"), int.from_bytes(data[at + 5:at + 7], "big")
-        else:
-            at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
-    return None
+    return image_size(data)
 
 
 def _next_time(told: float, last: float, step: float) -> float:
