@@ -196,7 +196,9 @@ def _refuse_form(request: Request, error: Exception) -> JSONResponse:
 
 def _problem(one: dict[str, Any]) -> str:
     if one["type"] == "json_invalid":
-        return f"the body is no JSON ({one['ctx']['error']} at character {one['loc'][-1]})"
+        if isinstance(one["loc"][-1], int):  # FastAPI reads the body in its own way, predict with pydantic
+            return f"the body is no JSON ({one['ctx']['error']} at character {one['loc'][-1]})"
+        return f"the body is no JSON ({one['msg'].removeprefix('Invalid JSON: ')})"
     if one["loc"] == ("body",) and one["type"] == "model_attributes_type":
         return "the body is no JSON object, or it was sent without the header 'Content-Type: application/json'"
     return f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
