@@ -3,7 +3,7 @@ against two ways people annotate today, with the same weights on the same images
 
 ours      read, decode, letterbox, infer, decode boxes, NMS: inference/pipeline.py as annotate jobs use it
 bare      the opened graph fed with ready tensors, as many runs at once as ours: no file, no decoding, no boxes
-decode    cv2.imdecode of the same files on all cores and nothing else
+decode    our decode_image of the same files, whole, on all cores and nothing else
 cvat_sdk  the loop of cvat_sdk.auto_annotation.annotate_task: PIL image, DetectionFunction.detect, the driver's own
           validate_and_remap. Left out in its favour: CVAT's server, download and upload.
 fiftyone  Dataset.apply_model with a fiftyone.Model, on a real mongod; reading and saving samples are part of it
@@ -48,6 +48,7 @@ from workbench.inference.known import card_for_nanodet  # noqa: E402
 from workbench.inference.letterbox import letterbox  # noqa: E402
 from workbench.inference.nms import nms  # noqa: E402
 from workbench.inference.pipeline import detect_frames  # noqa: E402
+from workbench.inference.pixels import decode_image  # noqa: E402
 from workbench.inference.probe import Plan, plan_for  # noqa: E402
 from workbench.inference.standard import gain_and_shift  # noqa: E402
 from workbench.model import ModelCard  # noqa: E402
@@ -181,7 +182,7 @@ def _decode(files: Sequence[Path], threads: int) -> None:
 
     def work() -> None:
         for path in waiting:
-            cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+            decode_image(path.read_bytes(), path.name)
 
     _in_threads(work, threads)
 
