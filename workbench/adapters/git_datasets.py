@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from workbench.blobs import Blobs
 from workbench.dataset import (DATASET_NAME, VERSION, DatasetVersion, LabeledFrame, Manifest, check_dataset_name, diff,
@@ -39,8 +40,8 @@ BUMPS = ("major", "minor", "patch")
 # 10,000 frames with 75,000 boxes take 50 MB in memory and 3 s to read; pages and steps ask for the latest one often.
 MANIFESTS_KEPT = 2
 _LOOKUPS = 16
-# A file system's clock may step by as much: what changed so lately may change again and look the same.
-REFS_SETTLE_S = 2.0
+# A file system's clock may step by as much: a tag that somebody moved so lately may move again and look the same.
+REFS_SETTLE_S = 0.1
 
 
 class GitDatasets:
@@ -62,7 +63,7 @@ class GitDatasets:
         if kept is not None and kept[0] == refs:
             return list(kept[1])
         found = _Repository(path).versions(dataset)[0]
-        if time.time() - max(changed for _, changed, _ in refs) > REFS_SETTLE_S:
+        if time.time() - max(changed for _, changed, _ in refs[1:]) > REFS_SETTLE_S:
             self._versions[dataset] = refs, found
         return list(found)
 
@@ -275,10 +276,11 @@ def _create(path: Path, lock: int) -> None:
     repository("config", "receive.hideRefs", "refs")
 
 
-def _state_of_refs(repository: Path) -> tuple[tuple[int, float, int], ...]:
-    """Inode, time of change in seconds and size of all that git touches when it makes, moves or removes a ref: it
-    renames each new file into its folder."""
-    found = []
+def _state_of_refs(repository: Path) -> tuple[Any, ...]:
+    """The names of the tags in files of their own, then inode, time of change in seconds and size of all that git touches
+    when it makes, moves or removes a ref: it renames each new file into its folder."""
+    tags = repository / "refs" / "tags"
+    found: list[Any] = [tuple(sorted(os.listdir(tags))) if tags.is_dir() else ()]
     for name in ("packed-refs", "refs", "refs/tags", "refs/heads"):
         try:
             stat = os.stat(repository / name)

@@ -307,6 +307,7 @@ def test_versions_are_listed_without_git_until_a_ref_changes(
     whole = git_datasets._Repository.versions
     monkeypatch.setattr(git_datasets._Repository, "versions", lambda *given: asked.append(given) or whole(*given))
 
+    monkeypatch.setattr(git_datasets, "REFS_SETTLE_S", 60.0)
     for _ in range(2):  # a ref that moved just now may move again within the clock's step
         store.versions("cells")
     assert len(asked) == 2
