@@ -86,9 +86,9 @@ class Retraining:
                 str | None, Header(min_length=1, max_length=150, description="The same key and body again is the same "
                                    "job.")] = None) -> JSONResponse:
             """Queues a training; nothing is fetched before a worker takes it."""
-            status = await anyio.to_thread.run_sync(self.submit, asked, idempotency_key, limiter=one_at_a_time)
-            path = f"{request.url.path}/{status.id}"
-            return JSONResponse({"job_id": status.id, "state": status.state, "status": path, "log": f"{path}/log"}, 202,
+            job_id, state = await anyio.to_thread.run_sync(self.submit, asked, idempotency_key, limiter=one_at_a_time)
+            path = f"{request.url.path}/{job_id}"
+            return JSONResponse({"job_id": job_id, "state": state, "status": path, "log": f"{path}/log"}, 202,
                                 headers={"Location": path})
 
         @router.get("/retrain/{job_id}", responses={404: says[404]})
@@ -117,8 +117,8 @@ class Retraining:
 
         return router
 
-    def submit(self, asked: RetrainRequest, key: str | None = None) -> JobStatus:
-        """The job for a request. Raises Invalid for one that cannot be trained, Conflict for a key that stands for
+    def submit(self, asked: RetrainRequest, key: str | None = None) -> tuple[str, str]:
+        """Id and state of the job for a request. Raises Invalid for one that cannot be trained, Conflict for a key that stands for
         another request, Busy when the queue is full."""
         jobs = self._workbench.jobs
         body = hashlib.sha256(json.dumps(asked.model_dump(), sort_keys=True).encode()).hexdigest()
@@ -126,10 +126,10 @@ class Retraining:
         key = f"POST {key}" if key is not None else None
         there = self._there(key, body)
         if there is not None:
-            return there
+            return there.id, there.state
         args, limit = self._args(asked) | {"request": body}, self._workbench.config.retrain_queue
         try:
-            return jobs.get(jobs.submit(KIND, args, person=self._workbench.config.person, key=key, most_queued=limit))
+            return jobs.submit(KIND, args, person=self._workbench.config.person, key=key, most_queued=limit), "queued"
         except QueueFull as error:
             raise Busy(f"{limit} trainings wait already (setting retrain_queue).", RETRY_S, full="queue") from error
         except Conflict:
@@ -137,7 +137,7 @@ class Retraining:
             there = self._there(key, body)
             if there is None:
                 raise
-            return there
+            return there.id, there.state
 
     def _there(self, key: str | None, body: str) -> JobStatus | None:
         """The job that a key stands for. Raises Conflict when that is another request's."""
