@@ -75,6 +75,7 @@ def create(config: Config | None = None) -> FastAPI:
         gc.collect()
         gc.freeze()
         yield
+        gc.unfreeze()
         await asyncio.to_thread(rules.close)
         await asyncio.to_thread(hooks.close)
         await asyncio.to_thread(predict.close)

@@ -54,7 +54,7 @@ def test_a_run_keeps_all_that_is_needed_and_is_run_again_from_that_alone(bench: 
     assert json.loads(tags["limits"]) == Limits(wall_s=500, disk_mb=900, processes=90).to_json()
     assert json.loads(tags["machine"])["cores"] >= 1 and len(tags["environment_digest"]) == 32
     used = tracker.run(trained.run_id)["metrics"]
-    assert used["used_wall_s"] > 0 and used["used_processes"] >= 2 and 10 < used["used_memory_mb"]
+    assert used["used_wall_s"] > 0 and used["used_processes"] >= 1 and 10 < used["used_memory_mb"]
     kept = tracker.artifacts(trained.run_id, "workbench", bench.folder / "kept")
     assert "mlflow==" in (kept / "environment.txt").read_text()
     facts = json.loads((kept / "facts.json").read_text())
